@@ -1,0 +1,52 @@
+"""``cloudckpt``: its commands by name, and how an error of ours looks to a person."""
+
+import sys
+from importlib import import_module
+
+import click
+
+_COMMANDS = {
+    "demo": ("cloudckpt.cli.demo", "Fine-tune a real model, kill it in mid-save, resume from S3."),
+    "bench": ("cloudckpt.cli.bench", "Measure saves and loads beside PyTorch's own, on any S3 server."),
+}
+
+
+class _LazyGroup(click.Group):
+    """A group that imports a command's module when the command is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        del ctx
+        if name not in _COMMANDS:
+            return None
+        module: click.Command = import_module(_COMMANDS[name][0]).command
+        return module
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in sorted(_COMMANDS.items())])
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="cloudckpt")
+def cli() -> None:
+    """Object-storage-first checkpoints for PyTorch."""
+
+
+def main() -> None:
+    """Runs the command line; an error of ours is one line on stderr, and exit status 1."""
+    try:
+        cli()
+    except Exception as e:
+        from cloudckpt.errors import CheckpointError
+
+        if not isinstance(e, CheckpointError):
+            raise
+        click.echo(f"cloudckpt: {e}", err=True)
+        for note in getattr(e, "__notes__", ()):
+            click.echo(f"  {note}", err=True)
+        sys.exit(1)

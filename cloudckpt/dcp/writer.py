@@ -1,0 +1,316 @@
+"""DCP's storage writer over object storage.
+
+Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's plan cache hands it out again.
+"""
+
+import logging
+import os
+from datetime import UTC, datetime
+from importlib.metadata import version
+from math import prod
+from secrets import token_hex
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from cloudckpt import layout, manifest
+from cloudckpt.dcp.border import border
+from cloudckpt.dcp.dtypes import name_of
+from cloudckpt.dcp.results import WrittenItem, assemble, pack, planner_paths
+from cloudckpt.dcp.tensors import TensorSource, storable
+from cloudckpt.dtypes import DTYPES, RAW
+from cloudckpt.engine import commit, loop
+from cloudckpt.engine.framing import Item, plan_shards
+from cloudckpt.engine.write import BytesSource, ShardWriter, Source, WriteOptions
+from cloudckpt.errors import SaveFailedError, UnstorableError, UsageError
+from cloudckpt.manifest import Manifest, Shard, Summary
+from cloudckpt.options import overridden, refuse_unknown
+from cloudckpt.safetensors_header import HeaderItem
+from cloudckpt.store.url import StoreOptions, check_url, open_store
+
+log = logging.getLogger(__name__)
+
+
+class ObjectStoreWriter(StorageWriter):
+    """Saves a checkpoint straight to object storage.
+
+    For ``dcp.save`` and ``dcp.async_save`` on any number of ranks. When the save returns, the checkpoint is
+    committed; when it raises, there is none, or (with ``overwrite``) still the old one. One writer may save
+    again and again, to the same URL or to others given as ``checkpoint_id``.
+
+    Example:
+        >>> dcp.save(state_dict, storage_writer=ObjectStoreWriter("s3://bucket/run/step-100"))
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str] | None = None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        step: int | None = None,
+        options: WriteOptions | None = None,
+        store: StoreOptions | None = None,
+        **overrides: Any,
+    ) -> None:
+        """Makes a writer; nothing is opened yet.
+
+        Args:
+            url: of the checkpoint, or None where each save gives ``checkpoint_id``.
+            metadata: kept in the manifest: a dict that JSON can spell.
+            step: the training step, kept in the manifest.
+            options: how to write.
+            store: how to reach the store.
+            **overrides: any field of `WriteOptions`, `S3Options` or `RetryOptions`, by name.
+
+        Raises:
+            UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell.
+        """
+        super().__init__()
+        store = store or StoreOptions()
+        self._options = overridden(options or WriteOptions(), overrides)
+        s3, retry = overridden(store.s3, overrides), overridden(store.retry, overrides)
+        self._store = StoreOptions(s3=s3, retry=retry)
+        refuse_unknown(overrides, self._options, s3, retry)
+        self._url = check_url(os.fspath(url)) if url is not None else None
+        self._metadata = _checked(metadata or {})
+        self._step = step
+        self._replaces: commit.Replaced | None = None
+
+    @property
+    def checkpoint_id(self) -> str | None:
+        """The URL that is saved to."""
+        return self._url
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether a store serves that URL."""
+        try:
+            check_url(os.fspath(checkpoint_id))
+        except UsageError:
+            return False
+        return True
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Takes the URL of the next save."""
+        if checkpoint_id is not None:
+            self._url = check_url(os.fspath(checkpoint_id))
+
+    def storage_meta(self) -> StorageMeta:
+        """What the planner may know of this save."""
+        return StorageMeta(checkpoint_id=self._url)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
+        """Refuses what cannot work; the coordinator looks at what is there. Nothing is written.
+
+        Raises:
+            UsageError: no URL, or ``use_collectives=False``.
+            CheckpointExistsError: a committed checkpoint is there and ``overwrite`` is off.
+            StoreError: the bucket cannot be reached.
+        """
+        del args
+        with border(SaveFailedError, "setting up the save"):
+            if self._url is None:
+                msg = "no URL to save to; give one to ObjectStoreWriter(...) or as checkpoint_id="
+                raise UsageError(msg)
+            if not kwargs.get("use_collectives", True):
+                msg = (
+                    "dcp.save(use_collectives=False) would commit each rank's part by itself; cloudckpt commits "
+                    "one checkpoint for all ranks. Save with collectives"
+                )
+                raise UsageError(msg)
+            if is_coordinator:
+                self._replaces = loop.run(lambda: self._prepare(self._checked_url()))
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Refuses what cannot be stored, by what the plan knows of it."""
+        with border(SaveFailedError, "planning the save"):
+            for item in plan.items:
+                _refuse_unstorable(item)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Nothing to add."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Uploads this rank's items; returns when they are up."""
+        with border(SaveFailedError, "the save"):
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            written, items, sources = _resolve(plan, planner)
+            plans = plan_shards(
+                items,
+                rank=rank,
+                frame_size=self._options.frame_size,
+                new_token=lambda: token_hex(16),
+                key_of=lambda token: layout.shard_key(token, layout.SAFETENSORS),
+            )
+
+            async def upload(url: str) -> list[Shard]:
+                async with open_store(url, self._store) as store:
+                    return await ShardWriter(store, self._options).write(plans, sources)
+
+            url = self._checked_url()
+            shards = loop.run(lambda: upload(url))
+            results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commits: puts the manifest (coordinator only).
+
+        Raises:
+            CommitConflictError, CommitUnknownError, StoreError: see `engine.commit.commit`.
+        """
+        with border(SaveFailedError, "the commit"):
+            made = self._manifest(metadata, results)
+            data = manifest.encode(made)
+            url = self._checked_url()
+            loop.run(lambda: self._commit(url, data, made.summary.save_id))
+            log.info(
+                "saved %s: %d bytes in %d shards, %d entries",
+                url,
+                made.summary.nbytes,
+                made.summary.shard_count,
+                made.summary.entry_count,
+            )
+
+    def _manifest(self, metadata: Metadata, results: list[list[WriteResult]]) -> Manifest:
+        shards, entries = assemble(metadata, results)
+        chunks = [c for e in entries.values() if isinstance(e, manifest.TensorEntry) for c in e.chunks]
+        nbytes = sum(c.stop - c.start for c in chunks)
+        nbytes += sum(e.nbytes for e in entries.values() if isinstance(e, manifest.BytesEntry))
+        return Manifest(
+            summary=Summary(
+                format=manifest.FORMAT,
+                version=manifest.VERSION,
+                save_id=token_hex(16),
+                created=datetime.now(UTC),
+                writer=f"cloudckpt {version('cloudckpt')}, torch {torch.__version__}",
+                step=self._step,
+                nbytes=nbytes,
+                stored_nbytes=sum(s.size for s in shards),
+                shard_count=len(shards),
+                entry_count=len(entries),
+                chunk_count=len(chunks),
+            ),
+            metadata=self._metadata,
+            planner_paths=planner_paths(metadata),
+            shards=shards,
+            entries=entries,
+        )
+
+    async def _prepare(self, url: str) -> commit.Replaced | None:
+        async with open_store(url, self._store) as store:
+            return await commit.prepare(store, overwrite=self._options.overwrite)
+
+    async def _commit(self, url: str, data: bytes, save_id: str) -> None:
+        async with open_store(url, self._store) as store:
+            deadline_s = self._options.commit_deadline_s
+            await commit.commit(store, data, save_id, replaces=self._replaces, deadline_s=deadline_s)
+
+    def _checked_url(self) -> str:
+        if self._url is None:
+            msg = "no URL to save to"
+            raise UsageError(msg)
+        return self._url
+
+
+def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        as_read = msgspec.json.decode(msgspec.json.encode(metadata))
+    except (TypeError, ValueError) as e:
+        msg = f"metadata= must be what JSON can spell: {e}"
+        raise UsageError(msg) from e
+    if as_read != metadata:
+        msg = "metadata= holds values that JSON would read back as others (tuples, bytes, dates, keys not text)"
+        raise UsageError(msg)
+    return metadata
+
+
+def _refuse_unstorable(item: WriteItem) -> None:
+    """Raises for what the plan shows cannot be stored."""
+    data = item.tensor_data
+    if data is None:
+        return
+    if data.properties.layout != torch.strided:
+        msg = f"{item.index.fqn!r} has layout {data.properties.layout}; only strided tensors can be stored: use .to_dense()"
+        raise UnstorableError(msg)
+    if name_of(data.properties.dtype) is None:
+        msg = f"{item.index.fqn!r} has dtype {data.properties.dtype}, which cannot be stored; convert it first"
+        raise UnstorableError(msg)
+
+
+def _resolve(plan: SavePlan, planner: SavePlanner) -> tuple[list[WrittenItem], list[Item], list[Source]]:
+    """Asks the planner for every item; refuses what cannot be stored before a byte is written."""
+    paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+    written: list[WrittenItem] = []
+    items: list[Item] = []
+    sources: list[Source] = []
+    for item in plan.items:
+        key = item.index.fqn
+        path = paths.get(key, (key,))
+        notes: dict[str, object] = {} if path == (key,) else {"path": list(path)}
+        resolved = planner.resolve_data(item)
+        if item.type == WriteItemType.BYTE_IO:
+            if isinstance(resolved, torch.Tensor):
+                msg = f"the planner planned {key!r} as bytes and resolved it to a tensor"
+                raise SaveFailedError(msg)
+            data = resolved.getbuffer()
+            header = HeaderItem(name=layout.item_name(key, None), dtype=RAW, shape=(len(data),), nbytes=len(data))
+            written.append(WrittenItem(key, "", (), (), len(data)))
+            items.append(Item(header=header, notes={"kind": "bytes", **notes}))
+            sources.append(BytesSource(data))
+        else:
+            tensor = storable(_checked_tensor(item, resolved), repr(key))
+            one, header, more = _describe(item, tensor)
+            written.append(one)
+            items.append(Item(header=header, notes={**more, **notes}))
+            sources.append(TensorSource(tensor))
+    names = [i.header.name for i in items]
+    if len(set(names)) != len(names):
+        twice = sorted({n for n in names if names.count(n) > 1})
+        msg = f"the plan writes the same chunk more than once: {', '.join(twice)}"
+        raise SaveFailedError(msg)
+    return written, items, sources
+
+
+def _checked_tensor(item: WriteItem, resolved: object) -> torch.Tensor:
+    """The resolved tensor, if it is still what was planned: a cached plan overlooks a changed dtype."""
+    key, data = item.index.fqn, item.tensor_data
+    if not isinstance(resolved, torch.Tensor) or data is None:
+        msg = f"the planner planned {key!r} as a tensor and resolved it to {type(resolved).__name__}"
+        raise SaveFailedError(msg)
+    if resolved.dtype != data.properties.dtype or resolved.shape != data.chunk.sizes:
+        msg = (
+            f"{key!r} is {resolved.dtype} {tuple(resolved.shape)} now but was planned as {data.properties.dtype} "
+            f"{tuple(data.chunk.sizes)}; with DCP's plan cache, save a changed state dict through a new planner class"
+        )
+        raise SaveFailedError(msg)
+    return resolved
+
+
+def _describe(item: WriteItem, tensor: torch.Tensor) -> tuple[WrittenItem, HeaderItem, dict[str, object]]:
+    data = item.tensor_data
+    assert data is not None  # noqa: S101 - `_checked_tensor` saw to it
+    offsets, shape = tuple(data.chunk.offsets), tuple(data.size)
+    is_whole = tuple(tensor.shape) == shape
+    dtype = DTYPES[str(name_of(tensor.dtype))]
+    nbytes = prod(tensor.shape) * dtype.itemsize
+    notes: dict[str, object] = {} if is_whole else {"shape": list(shape)}
+    if not dtype.is_safetensors:
+        notes |= {"dtype": dtype.name, "chunk": list(tensor.shape)}
+    header = HeaderItem(
+        name=layout.item_name(item.index.fqn, None if is_whole else offsets),
+        dtype=dtype.name if dtype.is_safetensors else RAW,
+        shape=tuple(tensor.shape) if dtype.is_safetensors else (nbytes,),
+        nbytes=nbytes,
+    )
+    written = WrittenItem(item.index.fqn, dtype.name, offsets, tuple(tensor.shape), nbytes)
+    return written, header, notes

@@ -1,0 +1,85 @@
+"""Bytes in flight, and the buffers they lie in.
+
+Law: never wait for the budget while holding some of it. Used from one event loop only.
+"""
+
+import asyncio
+from collections import deque
+
+import numpy as np
+
+
+class Budget:
+    """A number of bytes that tasks take from and give back, first come, first served."""
+
+    def __init__(self, limit: int, *, concurrency: int) -> None:
+        """Starts with everything free.
+
+        Args:
+            limit: bytes in flight at any time.
+            concurrency: takers at any time: each takes at least ``limit // concurrency``.
+        """
+        self._limit = limit
+        self._least = max(1, limit // concurrency)
+        self._free = limit
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything was given back."""
+        return self._free == self._limit
+
+    async def take(self, nbytes: int) -> int:
+        """Waits for ``nbytes`` and returns how many were taken: what must be given back.
+
+        A request of more than the whole limit gets the whole limit, and runs alone.
+        """
+        granted = min(max(nbytes, self._least), self._limit)
+        if self._waiting or self._free < granted:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.append((granted, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self.give(granted)  # granted and cancelled at once
+                raise
+        else:
+            self._free -= granted
+        return granted
+
+    def give(self, granted: int) -> None:
+        """Gives back what `take` returned."""
+        self._free += granted
+        while self._waiting:
+            wanted, turn = self._waiting[0]
+            if turn.cancelled():
+                self._waiting.popleft()
+            elif wanted <= self._free:
+                self._waiting.popleft()
+                self._free -= wanted
+                turn.set_result(None)
+            else:
+                return
+
+
+class BufferPool:
+    """Buffers of one size, used again: touching fresh pages costs more than the copy into them."""
+
+    def __init__(self, size: int) -> None:
+        """Makes an empty pool; buffers are made when they are first needed."""
+        self._size = size
+        self._free: list[memoryview] = []
+
+    def take(self, nbytes: int) -> memoryview:
+        """A buffer of at least ``nbytes``, contents undefined."""
+        if nbytes == 0:
+            return memoryview(b"")
+        if nbytes <= self._size and self._free:
+            return self._free.pop()
+        return memoryview(np.empty(max(nbytes, self._size), np.uint8))
+
+    def give(self, buffer: memoryview) -> None:
+        """Takes a buffer back; one larger than the pool's size is dropped."""
+        if len(buffer) == self._size:
+            self._free.append(buffer)

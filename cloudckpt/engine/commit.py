@@ -1,0 +1,201 @@
+"""The only place that makes a checkpoint exist: one conditional PutObject of its manifest.
+
+Law: never multipart, rename or copy; what is in doubt is read back; what cannot be learnt is said so.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from awscrt.checksums import crc32c
+
+from cloudckpt.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ChecksumRefusedError,
+    CommitConflictError,
+    CommitUnknownError,
+    NotCommittedError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StoreError,
+    StoreUnavailableError,
+)
+from cloudckpt.layout import MANIFEST, SHARDS
+from cloudckpt.manifest import Manifest, parse, parse_summary
+from cloudckpt.store.protocols import Blob, Condition, Delete, Get, IfAbsent, IfMatch, List, Put
+
+log = logging.getLogger(__name__)
+_IN_DOUBT = (PreconditionFailedError, ObjectNotFoundError, StoreUnavailableError, ChecksumRefusedError)
+_WAIT_S = 0.2
+_probed: set[str] = set()
+"""Identities of the stores that were asked in this process whether they honour `IfAbsent`."""
+
+
+class Commits(Get, Put, List, Delete, Protocol):
+    """What committing asks of a store."""
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What `honours_conditions` is remembered for."""
+        ...
+
+
+class Reads(Get, List, Protocol):
+    """What opening a checkpoint asks of a store."""
+
+    @property
+    def url(self) -> str:
+        """For messages."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """The manifest object that a commit replaces: a checkpoint's, or a tombstone."""
+
+    etag: str
+    shard_keys: tuple[str, ...]
+
+
+async def read_manifest(store: Reads) -> Manifest:
+    """The manifest of the committed checkpoint at the store's root.
+
+    Raises:
+        NotCommittedError: shards are there but no manifest.
+        CheckpointNotFoundError: nothing is there.
+        ManifestError: see `manifest.parse`.
+    """
+    blob = await read_manifest_blob(store)
+    return parse(blob.data, f"{store.url}/{MANIFEST}")
+
+
+async def read_manifest_blob(store: Reads) -> Blob:
+    """The committed manifest's bytes, not parsed but for its summary; raises as `read_manifest`."""
+    try:
+        blob = await store.get(MANIFEST)
+    except ObjectNotFoundError:
+        blob = None
+    if blob is not None and not parse_summary(blob.data, f"{store.url}/{MANIFEST}").is_tombstone:
+        return blob
+    async for _ in store.list_objects(SHARDS):
+        msg = (
+            f"{store.url} was never committed: there are shards but no {MANIFEST}. The save that wrote them "
+            "is still under way, or it failed; load an earlier checkpoint"
+        )
+        raise NotCommittedError(msg)
+    msg = f"there is no checkpoint at {store.url} (no {MANIFEST}); check the URL"
+    raise CheckpointNotFoundError(msg)
+
+
+async def prepare(store: Commits, *, overwrite: bool) -> Replaced | None:
+    """Looks at what a save would replace, before anything is written.
+
+    Returns:
+        What to give to `commit`: None where no manifest is.
+
+    Raises:
+        CheckpointExistsError: a committed checkpoint is there, and ``overwrite`` is False.
+        StoreError: the bucket cannot be read: the save would fail too.
+    """
+    try:
+        blob = await store.get(MANIFEST)
+    except ObjectNotFoundError:
+        return None
+    where = f"{store.url}/{MANIFEST}"
+    if parse_summary(blob.data, where).is_tombstone:
+        return Replaced(blob.etag, ())
+    if not overwrite:
+        msg = f"{store.url} holds a committed checkpoint already; pass overwrite=True to replace it"
+        raise CheckpointExistsError(msg)
+    old = parse(blob.data, where)
+    return Replaced(blob.etag, tuple(shard.key for shard in old.shards))
+
+
+async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replaced | None, deadline_s: float) -> None:
+    """Puts the manifest: when this returns, the checkpoint exists.
+
+    Args:
+        store: rooted at the checkpoint's URL; all shards are in it.
+        data: the encoded manifest.
+        save_id: as in the manifest; tells our own commit from another's.
+        replaces: from `prepare`.
+        deadline_s: how long a commit in doubt is put again and read back.
+
+    Raises:
+        CommitConflictError: another save's manifest is there now. Nothing was overwritten.
+        CommitUnknownError: the store gave no answer that tells. The shards are kept.
+        StoreError: the store refused; nothing was committed.
+    """
+    condition: Condition = IfMatch(replaces.etag) if replaces else IfAbsent()
+    end = time.monotonic() + deadline_s
+    while True:
+        try:
+            await store.put(MANIFEST, [memoryview(data)], condition=condition, crc32c=crc32c(data))
+            break
+        except _IN_DOUBT as e:
+            there = await _read_back(store, end, e)
+            if there is not None and parse_summary(there.data, store.url).save_id == save_id:
+                break
+            if there is None:
+                condition = IfAbsent()  # what was to be replaced is gone
+            elif replaces is None or there.etag != replaces.etag:
+                msg = (
+                    f"another save committed to {store.url} first; its checkpoint stands, ours was not "
+                    "committed. Let one job write to a URL, or save under another"
+                )
+                raise CommitConflictError(msg) from e
+            if time.monotonic() >= end:
+                e.add_note(f"not committed: the store refused the manifest for {deadline_s:g} s")
+                raise
+            await asyncio.sleep(random.uniform(0, _WAIT_S))  # noqa: S311 - no secret
+    await _after_commit(store, data, replaces)
+
+
+async def _read_back(store: Commits, end: float, doubt: StoreError) -> Blob | None:
+    try:
+        async with asyncio.timeout(max(1.0, end - time.monotonic())):
+            return await store.get(MANIFEST)
+    except ObjectNotFoundError:
+        return None
+    except (StoreError, TimeoutError) as e:
+        msg = (
+            f"whether {store.url} was committed could not be learnt: the manifest was sent ({doubt}) and then "
+            f"not readable ({e}). Its shards were kept; look again before you save to it"
+        )
+        raise CommitUnknownError(msg) from e
+
+
+async def _after_commit(store: Commits, data: bytes, replaces: Replaced | None) -> None:
+    """What may fail without harm: the checkpoint is there."""
+    try:
+        await _probe(store, data)
+        if replaces and replaces.shard_keys:
+            await store.delete(replaces.shard_keys)
+    except StoreError as e:
+        log.warning("%s is committed; cleaning up after it failed: %s", store.url, e)
+
+
+async def _probe(store: Commits, data: bytes) -> None:
+    """Asks once per bucket and process whether the store honours conditions: only trying tells."""
+    if store.identity in _probed:
+        return
+    try:
+        await store.put(MANIFEST, [memoryview(data)], condition=IfAbsent(), crc32c=crc32c(data))
+    except PreconditionFailedError:
+        _probed.add(store.identity)
+        return
+    _probed.add(store.identity)
+    log.warning(
+        "%s does not honour conditional writes: two saves that commit to one URL at the same time are not kept "
+        "apart, the later one replaces the earlier",
+        store.identity,
+    )

@@ -1,0 +1,175 @@
+"""The way up, planned: items into shards, shards into parts, parts into segments of frames.
+
+Law: pure. Nothing here has seen a byte of data.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import msgspec
+
+from cloudckpt import safetensors_header
+from cloudckpt.ranges import Range
+from cloudckpt.safetensors_header import HeaderItem
+
+MIN_PART_SIZE = 5 << 20
+MAX_PARTS = 10_000
+MAX_SHARD_SIZE = 5 << 40
+"""S3's limits: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
+
+_MIB = 1 << 20
+HEADER = -1
+"""In place of an item's index: the shard's header, which no frame covers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """What a shard is told of an item.
+
+    Attributes:
+        header: its name, dtype and shape as the shard's header has them, and its size.
+        notes: what a rebuild needs beside these; plain JSON, empty where nothing is.
+    """
+
+    header: HeaderItem
+    notes: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """Where everything in a shard will lie.
+
+    Attributes:
+        key: of the object.
+        header: its first bytes.
+        items: indices into the planned items, in the order they lie.
+        starts: the first byte of each, and at last the object's size.
+        frames: the first frame of each, and at last their count.
+    """
+
+    key: str
+    header: bytes
+    items: tuple[int, ...]
+    starts: tuple[int, ...]
+    frames: tuple[int, ...]
+    frame_size: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the object."""
+        return self.starts[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Bytes of one item (or of the header) that lie in one part and in one frame.
+
+    Attributes:
+        item: index into the planned items, or `HEADER`.
+        at: within the item.
+        frame: among the shard's, or `HEADER`.
+    """
+
+    item: int
+    at: Range
+    frame: int
+
+
+def plan_shards(
+    items: Sequence[Item],
+    *,
+    rank: int,
+    frame_size: int,
+    new_token: Callable[[], str],
+    key_of: Callable[[str], str],
+    max_size: int = MAX_SHARD_SIZE,
+    max_header_nbytes: int = safetensors_header.MAX_NBYTES,
+) -> list[ShardPlan]:
+    """Lays items out in as few shards as their limits allow.
+
+    Items with wider elements come first, so that each begins at a multiple of its element's width.
+
+    Args:
+        items: any number; none makes no shard.
+        rank: the writer's, noted in the header.
+        frame_size: plain bytes per frame.
+        new_token: makes a random token for each shard.
+        key_of: spells the shard's key from its token.
+        max_size: bytes a shard may have.
+        max_header_nbytes: bytes a shard's header may have.
+    """
+    order = sorted(range(len(items)), key=lambda i: -_width(items[i].header))
+    plans, group, header_nbytes, data_nbytes = [], [], 1024, 0
+    for i in order:
+        cost = _header_cost(items[i])
+        nbytes = items[i].header.nbytes
+        if group and (header_nbytes + cost > max_header_nbytes or header_nbytes + data_nbytes + nbytes > max_size):
+            plans.append(_plan_shard(items, group, rank, frame_size, new_token(), key_of))
+            group, header_nbytes, data_nbytes = [], 1024, 0
+        group.append(i)
+        header_nbytes += cost
+        data_nbytes += nbytes
+    if group:
+        plans.append(_plan_shard(items, group, rank, frame_size, new_token(), key_of))
+    return plans
+
+
+def _plan_shard(
+    items: Sequence[Item],
+    group: list[int],
+    rank: int,
+    frame_size: int,
+    token: str,
+    key_of: Callable[[str], str],
+) -> ShardPlan:
+    notes = {items[i].header.name: items[i].notes for i in group if items[i].notes}
+    about = {"version": 1, "rank": rank, "attempt": token, "items": notes}
+    metadata = {"format": "pt", "cloudckpt": msgspec.json.encode(about).decode()}
+    header = safetensors_header.encode([items[i].header for i in group], metadata)
+    sizes = [items[i].header.nbytes for i in group]
+    return ShardPlan(
+        key=key_of(token),
+        header=header,
+        items=tuple(group),
+        starts=tuple(accumulate(sizes, initial=len(header))),
+        frames=tuple(accumulate((-(-n // frame_size) for n in sizes), initial=0)),
+        frame_size=frame_size,
+    )
+
+
+def _width(header: HeaderItem) -> int:
+    numel = 1
+    for n in header.shape:
+        numel *= n
+    return header.nbytes // numel if numel else 0
+
+
+def _header_cost(item: Item) -> int:
+    name = len(item.header.name.encode()) * 6  # JSON may spell a character \u0000
+    notes = (name + len(msgspec.json.encode(item.notes)) * 2) if item.notes else 0  # quoted once more
+    return name + len(item.header.shape) * 21 + safetensors_header.PER_ITEM_NBYTES + notes
+
+
+def part_size_for(size: int, wanted: int) -> int:
+    """The size of all parts but the last of an object of ``size`` bytes: ``wanted``, if S3's limits allow."""
+    least = -(-size // MAX_PARTS)
+    return max(wanted, MIN_PART_SIZE, -(-least // _MIB) * _MIB)
+
+
+def segments(plan: ShardPlan, part: Range) -> Iterator[Segment]:
+    """Cuts a part of the shard at the borders of items and frames; yields its bytes in order."""
+    if part.start < len(plan.header):
+        yield Segment(HEADER, Range(part.start, min(part.stop, len(plan.header))), HEADER)
+    n = max(0, bisect_right(plan.starts, part.start) - 1)
+    while n < len(plan.items) and plan.starts[n] < part.stop:
+        whole = Range(plan.starts[n], plan.starts[n + 1])
+        at = whole.intersect(part).shift(-whole.start)
+        start = at.start
+        while start < at.stop:
+            frame = start // plan.frame_size
+            stop = min(at.stop, (frame + 1) * plan.frame_size)
+            yield Segment(plan.items[n], Range(start, stop), plan.frames[n] + frame)
+            start = stop
+        n += 1

@@ -1,0 +1,85 @@
+"""The event-loop thread of the process: sync above, async below.
+
+Law: the only place that owns a loop. A process that forks starts a new one in the child at first use; what
+the parent's loop was doing stays the parent's.
+"""
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from cloudckpt.errors import unwrap
+
+T = TypeVar("T")
+_CLEAN_UP_S = 30
+"""How long an interrupted caller waits for what it interrupted to clean up."""
+
+
+class LoopThread:
+    """One event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        """Starts the thread."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="cloudckpt-loop", daemon=True)
+        self._thread.start()
+
+    def run(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs a coroutine to its end and returns its result.
+
+        An exception group is raised as its first exception, the others in its notes. When the waiting
+        thread is interrupted, the coroutine is cancelled and its clean-up awaited before this returns.
+        """
+        if threading.current_thread() is self._thread:
+            msg = "cloudckpt's sync functions cannot be called from its own event loop"
+            raise RuntimeError(msg)
+        ended = threading.Event()
+        future = asyncio.run_coroutine_threadsafe(_unwrapping(main, ended), self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            ended.wait(_CLEAN_UP_S)
+            raise
+
+
+async def _unwrapping(main: Callable[[], Coroutine[Any, Any, T]], ended: threading.Event) -> T:
+    try:
+        return await main()
+    except BaseExceptionGroup as group:
+        raise unwrap(group) from None
+    finally:
+        ended.set()
+
+
+async def shielded(clean_up: Callable[[], Awaitable[object]]) -> None:
+    """Runs a clean-up to its end even if the task that awaits it is cancelled meanwhile."""
+    task = asyncio.ensure_future(clean_up())
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+class _Process:
+    """What belongs to this process and not to its forks."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: LoopThread | None = None
+
+
+_process = _Process()
+os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]
+
+
+def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Runs a coroutine on the process's loop thread; see `LoopThread.run`."""
+    with _process.lock:
+        if _process.thread is None:
+            _process.thread = LoopThread()
+        thread = _process.thread
+    return thread.run(main)

@@ -1,0 +1,165 @@
+"""Many ranges down: fetch, verify, place.
+
+Law: async; no torch, no S3, no environment. Memory that is received into has one writer at a time.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+from awscrt.checksums import crc32c
+
+from cloudckpt.engine.budget import Budget, BufferPool
+from cloudckpt.engine.fetching import Fetch, RegionRead, plan_fetches, whole_frames
+from cloudckpt.errors import IntegrityError, UsageError
+from cloudckpt.ranges import Range, Region
+from cloudckpt.store.protocols import Get
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadOptions:
+    """How checkpoints are read.
+
+    Attributes:
+        max_request_size: bytes of a ranged GET.
+        max_gap: bytes between two wanted ranges that one request rather fetches than asks around: about what
+            a connection carries in a request's latency (20 ms at 50 MB/s).
+        max_inflight_nbytes: the byte budget of a load on this rank.
+        concurrency: requests under way at a time, at most.
+        cast: convert to the destination's dtype where it differs, as ``torch.Tensor.copy_`` does; False
+            refuses.
+        unsafe_pickle: let bytes items load any class, which runs code of the checkpoint's author.
+    """
+
+    max_request_size: int = 16 << 20
+    max_gap: int = 1 << 20
+    max_inflight_nbytes: int = 256 << 20
+    concurrency: int = 16
+    cast: bool = True
+    unsafe_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_request_size <= self.max_inflight_nbytes or self.max_gap < 0:
+            msg = (
+                f"max_request_size={self.max_request_size} must be positive and at most "
+                f"max_inflight_nbytes={self.max_inflight_nbytes}, max_gap={self.max_gap} at least 0"
+            )
+            raise UsageError(msg)
+        if self.concurrency < 1:
+            msg = f"concurrency={self.concurrency} must be at least 1"
+            raise UsageError(msg)
+
+
+@dataclass(slots=True)
+class Stats:
+    """What reading did, counting up.
+
+    Attributes:
+        requests: ranged GETs that brought data.
+        bytes_fetched: their bytes.
+        bytes_needed: bytes that were asked for.
+        seconds: of wall time.
+    """
+
+    requests: int = 0
+    bytes_fetched: int = 0
+    bytes_needed: int = 0
+    seconds: float = 0.0
+
+
+class Sink(Protocol):
+    """Where a region goes."""
+
+    @property
+    def memory(self) -> memoryview | None:
+        """The region's bytes in row-major order, to be received into; None where they must be placed."""
+        ...
+
+    def place(self, region: Region, data: memoryview) -> None:
+        """Copies a rectangle into place; runs in a worker thread.
+
+        Args:
+            region: counted from the chunk's first element.
+            data: the chunk's bytes from the rectangle's first to its last element, row-major as the chunk.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A read and where it goes; ``name`` is for messages."""
+
+    name: str
+    read: RegionRead
+    sink: Sink
+
+
+async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats) -> None:
+    """Reads all regions into their sinks. Whole frames that arrive are verified.
+
+    On failure the contents of all sinks are undefined.
+
+    Raises:
+        IntegrityError: a frame does not match its checksum.
+        StoreError: a shard is missing, shorter than the manifest says, or could not be read.
+    """
+    began = perf_counter()
+    reads = [w.read for w in wanted]
+    fetches = plan_fetches(reads, max_request_size=options.max_request_size, max_gap=options.max_gap)
+    budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
+    pool = BufferPool(options.max_request_size)
+    async with asyncio.TaskGroup() as group:
+        for fetch in fetches:
+            granted = await budget.take(len(fetch.at))
+            task = group.create_task(_fetch(store, fetch, wanted, pool))
+            # Not in the task: one cancelled before its first step would never give it back.
+            task.add_done_callback(lambda _, granted=granted: budget.give(granted))
+    stats.requests += len(fetches)
+    stats.bytes_fetched += sum(len(f.at) for f in fetches)
+    stats.bytes_needed += sum(r.nbytes for r in reads)
+    stats.seconds += perf_counter() - began
+
+
+async def _fetch(store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool) -> None:
+    scratch = pool.take(_scratch_nbytes(fetch))
+    views, placing, used, position = [], [], 0, fetch.at.start
+    for piece in fetch.pieces:
+        gap = piece.at.start - position
+        views.append(scratch[used : used + gap])
+        used += gap
+        memory = wanted[piece.read].sink.memory
+        if piece.into is not None and memory is not None:
+            view = memory[piece.into.start : piece.into.stop]
+        else:
+            view = scratch[used : used + len(piece.at)]
+            used += len(piece.at)
+        views.append(view)
+        placing.append((wanted[piece.read], piece.at, piece.region, view))
+        position = piece.at.stop
+    await store.get_range(fetch.key, fetch.at, [v for v in views if len(v)])
+    await asyncio.to_thread(_verify_and_place, placing)
+    pool.give(scratch)
+
+
+def _scratch_nbytes(fetch: Fetch) -> int:
+    """Bytes that go nowhere else: gaps, and pieces that are placed."""
+    direct = sum(len(p.at) for p in fetch.pieces if p.into is not None)
+    return len(fetch.at) - direct
+
+
+def _verify_and_place(placing: "list[tuple[Wanted, Range, Region | None, memoryview]]") -> None:
+    for wanted, at, _, view in placing:
+        for frame, checksum in whole_frames(wanted.read, at):
+            here = frame.shift(-at.start)
+            if crc32c(view[here.start : here.stop]) != checksum:
+                msg = (
+                    f"{wanted.name}: bytes {frame.start} to {frame.stop} of {wanted.read.key} do not match their "
+                    "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
+                    "and if it stays so, load an earlier checkpoint"
+                )
+                raise IntegrityError(msg)
+    for wanted, _, region, view in placing:
+        if region is not None:
+            wanted.sink.place(region, view)

@@ -1,0 +1,111 @@
+"""Half-open byte ranges, and rectangles of array elements.
+
+Law: pure. Offsets and sizes are bytes in a Range, elements in a Region.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Range:
+    """The bytes ``start <= i < stop`` of one object."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def intersect(self, other: Self) -> "Range":
+        """The bytes in both; an empty range where there are none."""
+        start = max(self.start, other.start)
+        return Range(start, max(start, min(self.stop, other.stop)))
+
+    def shift(self, by: int) -> "Range":
+        """The same bytes, counted from ``-by``."""
+        return Range(self.start + by, self.stop + by)
+
+
+def split(whole: Range, size: int) -> Iterator[Range]:
+    """Cuts ``whole`` into ranges of ``size`` bytes; the last may be shorter."""
+    for start in range(whole.start, whole.stop, size):
+        yield Range(start, min(start + size, whole.stop))
+
+
+def coalesce(ranges: Iterable[Range], *, max_gap: int, max_size: int) -> Iterator[list[int]]:
+    """Groups ranges that are worth one request.
+
+    Args:
+        ranges: sorted by start. One that overlaps those before it begins a new group, so that within a
+            group every byte is wanted once.
+        max_gap: bytes between two ranges that are cheaper fetched than asked around.
+        max_size: bytes a group may span; a single longer range is a group of its own.
+
+    Yields:
+        The indices of each group's ranges, in order.
+    """
+    group: list[int] = []
+    start = stop = 0
+    for i, r in enumerate(ranges):
+        if group and 0 <= r.start - stop <= max_gap and r.stop - start <= max_size:
+            group.append(i)
+            stop = r.stop
+            continue
+        if group:
+            yield group
+        group, start, stop = [i], r.start, r.stop
+    if group:
+        yield group
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A rectangle of elements: one offset and one size for each axis."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has; 1 for a scalar."""
+        return prod(self.sizes)
+
+    def intersect(self, other: Self) -> "Region | None":
+        """The elements in both, or None where there are none."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        ends = (
+            min(o + s, p + t) for o, s, p, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(e - o for e, o in zip(ends, offsets, strict=True))
+        return Region(offsets, sizes) if all(s > 0 for s in sizes) else None
+
+    def relative_to(self, origin: Sequence[int]) -> "Region":
+        """The same rectangle, counted from ``origin``."""
+        return Region(tuple(o - b for o, b in zip(self.offsets, origin, strict=True)), self.sizes)
+
+    def is_inside(self, shape: Sequence[int]) -> bool:
+        """Whether an array of ``shape`` has all its elements."""
+        return len(shape) == len(self.offsets) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+
+def strides_of(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """The row-major strides of an array, in bytes."""
+    strides = [itemsize] * len(shape)
+    for axis in range(len(shape) - 2, -1, -1):
+        strides[axis] = strides[axis + 1] * shape[axis + 1]
+    return tuple(strides)
+
+
+def span_of(region: Region, shape: Sequence[int], itemsize: int) -> Range:
+    """The bytes from the first to the last element of ``region`` in a row-major array of ``shape``."""
+    if not region.numel:
+        return Range(0, 0)
+    strides = strides_of(shape, itemsize)
+    start = sum(o * s for o, s in zip(region.offsets, strides, strict=True))
+    last = sum((n - 1) * s for n, s in zip(region.sizes, strides, strict=True))
+    return Range(start, start + last + itemsize)

@@ -1,0 +1,190 @@
+"""What the engine asks of a store.
+
+Law: contracts only. Every implementation runs the one conformance suite in ``tests/test_store.py``.
+
+A store is rooted at a URL and all keys are relative to it. Every method is one request to the server (a
+listing: one per page; a deletion: one per batch), is never re-sent by the store, and raises a `StoreError`
+whose class says what to do: `ObjectNotFoundError`, `BucketNotFoundError`, `CredentialsError`,
+`PermissionDeniedError`, `PreconditionFailedError`, `ChecksumRefusedError`, `StoreUnavailableError` (may be
+asked again; the request may have been carried out), or `StoreError` itself.
+
+Bodies are runs of buffers, sent in order as they lie; the caller keeps them unchanged until the call returns.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from cloudckpt.ranges import Range
+
+Body = Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class IfAbsent:
+    """Put only where no object has the key (``If-None-Match: *``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class IfMatch:
+    """Put or delete only the object with that ETag (``If-Match``)."""
+
+    etag: str
+
+
+Condition = IfAbsent | IfMatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """What a listing says of an object; ``modified`` is by the server's clock."""
+
+    key: str
+    size: int
+    etag: str
+    modified: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """A small object, whole."""
+
+    data: bytes
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """A multipart upload under way."""
+
+    key: str
+    upload_id: str
+    started: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A part that the server acknowledged: what completing the upload needs to name."""
+
+    number: int
+    etag: str
+    crc32c: int
+
+
+class Get(Protocol):
+    """Reading."""
+
+    async def get(self, key: str) -> Blob:
+        """The whole object; for small ones."""
+        ...
+
+    async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
+        """Receives the bytes ``at`` into the buffers, one after the other.
+
+        The buffers hold ``len(at)`` bytes in all. On failure their contents are undefined, and nothing
+        writes to them any more once this has raised.
+
+        Raises:
+            ObjectNotFoundError: no such object.
+            StoreError: the object is shorter than ``at.stop``.
+        """
+        ...
+
+    async def head(self, key: str) -> ObjectInfo:
+        """What a listing would say of the object."""
+        ...
+
+
+class Put(Protocol):
+    """Writing an object in one request: whole or not at all."""
+
+    async def put(
+        self, key: str, body: Body, *, condition: Condition | None = None, crc32c: int | None = None
+    ) -> str:
+        """Puts the object and returns its ETag.
+
+        Raises:
+            PreconditionFailedError: the condition does not hold; nothing changed.
+            ChecksumRefusedError: the server found that the body has not that CRC32C; nothing changed.
+        """
+        ...
+
+
+class List(Protocol):
+    """Looking around."""
+
+    def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """Yields the objects whose keys begin with ``prefix``, in order of their keys."""
+        ...
+
+    def list_names(self, prefix: str = "") -> AsyncIterator[str]:
+        """Yields the first path segment after ``prefix`` of keys that have a ``/`` behind it, each once."""
+        ...
+
+
+class Delete(Protocol):
+    """Removing."""
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """Removes the objects, in batches; keys that no object has are no error."""
+        ...
+
+    async def delete_if(self, key: str, condition: IfMatch) -> None:
+        """Removes the object if it is still the one with that ETag.
+
+        Raises:
+            PreconditionFailedError: it is another; nothing changed.
+        """
+        ...
+
+
+class Multipart(Protocol):
+    """Writing an object in parts: it appears, whole, when the upload is completed."""
+
+    async def create_upload(self, key: str) -> Upload:
+        """Begins an upload."""
+        ...
+
+    async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
+        """Sends a part; a part sent again replaces the one of that number.
+
+        Args:
+            upload: from `create_upload`.
+            number: from 1 to 10,000; parts are assembled in its order.
+            offset: where the part begins in the object, for stores that write in place.
+            body: 5 MiB or more unless it is the last part; all but the last are of one size.
+            crc32c: of the body.
+        """
+        ...
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+        """Makes the object of the parts and returns its ETag; ``crc32c`` is the whole object's."""
+        ...
+
+    async def abort_upload(self, upload: Upload) -> None:
+        """Discards the upload and its parts; one that is gone is no error."""
+        ...
+
+    def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
+        """Yields the uploads under way whose keys begin with ``prefix``."""
+        ...
+
+
+class Store(Get, Put, List, Delete, Multipart, Protocol):
+    """All of it.
+
+    Attributes:
+        url: where the store is rooted, for messages.
+        identity: the bucket and the server it is on: what "does this store honour conditions" is known for.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where the store is rooted, without credentials."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """Names the server and bucket: stores with equal identities share their properties."""
+        ...

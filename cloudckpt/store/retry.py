@@ -1,0 +1,145 @@
+"""The only retries of the house: a store that asks another store again.
+
+Law: what is retried is decided by the error's class. A conditional put is never retried here, for only
+`engine.commit` can tell whether a lost one landed.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cloudckpt.errors import ChecksumRefusedError, ObjectNotFoundError, StoreUnavailableError
+from cloudckpt.ranges import Range
+from cloudckpt.store.protocols import (
+    Blob,
+    Body,
+    Condition,
+    IfMatch,
+    ObjectInfo,
+    Part,
+    Store,
+    Upload,
+)
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_RETRIED = (StoreUnavailableError, ChecksumRefusedError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryOptions:
+    """How long a store is asked again.
+
+    Attributes:
+        retry_deadline_s: from an operation's first request; no attempt begins after it.
+        retry_base_s, retry_cap_s: the n-th wait is uniform between 0 and
+            ``min(retry_cap_s, retry_base_s * 2**n)`` (full jitter:
+            aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter).
+    """
+
+    retry_deadline_s: float = 60
+    retry_base_s: float = 0.1
+    retry_cap_s: float = 5
+
+
+class RetryingStore:
+    """Implements `Store` over another; listings are asked again from their beginning only by the caller."""
+
+    def __init__(self, store: Store, options: RetryOptions) -> None:
+        """Wraps ``store``."""
+        self._store = store
+        self._options = options
+        self.url = store.url
+        self.identity = store.identity
+
+    async def get(self, key: str) -> Blob:
+        """See `Get.get`."""
+        return await self._retry(lambda: self._store.get(key))
+
+    async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
+        """See `Get.get_range`."""
+        await self._retry(lambda: self._store.get_range(key, at, into))
+
+    async def head(self, key: str) -> ObjectInfo:
+        """See `Get.head`."""
+        return await self._retry(lambda: self._store.head(key))
+
+    async def put(
+        self, key: str, body: Body, *, condition: Condition | None = None, crc32c: int | None = None
+    ) -> str:
+        """See `Put.put`."""
+        if condition is not None:
+            return await self._store.put(key, body, condition=condition, crc32c=crc32c)
+        return await self._retry(lambda: self._store.put(key, body, crc32c=crc32c))
+
+    def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
+        """See `List.list_objects`."""
+        return self._store.list_objects(prefix)
+
+    def list_names(self, prefix: str = "") -> AsyncIterator[str]:
+        """See `List.list_names`."""
+        return self._store.list_names(prefix)
+
+    async def delete(self, keys: Sequence[str]) -> None:
+        """See `Delete.delete`."""
+        await self._retry(lambda: self._store.delete(keys))
+
+    async def delete_if(self, key: str, condition: IfMatch) -> None:
+        """See `Delete.delete_if`."""
+        await self._store.delete_if(key, condition)
+
+    async def create_upload(self, key: str) -> Upload:
+        """See `Multipart.create_upload`."""
+        return await self._retry(lambda: self._store.create_upload(key))
+
+    async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
+        """See `Multipart.put_part`."""
+        return await self._retry(lambda: self._store.put_part(upload, number, offset, body, crc32c=crc32c))
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+        """See `Multipart.complete_upload`.
+
+        After a lost reply, servers answer a second completion with success or with NoSuchUpload; then the
+        key itself tells, for no two uploads of ours share one.
+        """
+        is_first = True
+
+        async def attempt() -> str:
+            nonlocal is_first
+            was_first, is_first = is_first, False
+            try:
+                return await self._store.complete_upload(upload, parts, crc32c=crc32c)
+            except ObjectNotFoundError:
+                if was_first:
+                    raise
+                return (await self._store.head(upload.key)).etag
+
+        return await self._retry(attempt)
+
+    async def abort_upload(self, upload: Upload) -> None:
+        """See `Multipart.abort_upload`."""
+        await self._retry(lambda: self._store.abort_upload(upload))
+
+    def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
+        """See `Multipart.list_uploads`."""
+        return self._store.list_uploads(prefix)
+
+    async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        o = self._options
+        end = time.monotonic() + o.retry_deadline_s
+        tries = 0
+        while True:
+            try:
+                return await attempt()
+            except _RETRIED as e:
+                wait = random.uniform(0, min(o.retry_cap_s, o.retry_base_s * 2**tries))  # noqa: S311 - no secret
+                tries += 1
+                if time.monotonic() + wait >= end:
+                    e.add_note(f"gave up after {tries} attempt(s) in {o.retry_deadline_s:g} s")
+                    raise
+                log.warning("attempt %d failed, next in %.2f s: %s", tries, wait, e)
+                await asyncio.sleep(wait)

@@ -1,0 +1,109 @@
+"""What S3 and its client can answer, in our words.
+
+Law: decided by error code, status or class, never by message text.
+"""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import aiohttp
+from botocore import exceptions as boto
+
+from cloudckpt.errors import (
+    BucketNotFoundError,
+    ChecksumRefusedError,
+    CredentialsError,
+    ObjectNotFoundError,
+    PermissionDeniedError,
+    PreconditionFailedError,
+    StoreError,
+    StoreUnavailableError,
+    UsageError,
+)
+
+_BY_CODE: dict[str, tuple[type[StoreError], str]] = {
+    "NoSuchBucket": (BucketNotFoundError, "no such bucket; create it, or check the URL and the endpoint"),
+    "NoSuchKey": (ObjectNotFoundError, "no such object"),
+    "NoSuchUpload": (ObjectNotFoundError, "no such multipart upload"),
+    "InvalidAccessKeyId": (CredentialsError, "the access key is not known to the server"),
+    "SignatureDoesNotMatch": (CredentialsError, "the secret key does not belong to the access key"),
+    "InvalidToken": (CredentialsError, "the session token is not valid"),
+    "ExpiredToken": (CredentialsError, "the credentials have expired"),
+    "ExpiredTokenException": (CredentialsError, "the credentials have expired"),
+    "RequestTimeTooSkewed": (CredentialsError, "this machine's clock differs too much from the server's"),
+    "AccessDenied": (PermissionDeniedError, "the credentials do not allow this request"),
+    "PreconditionFailed": (PreconditionFailedError, "the condition of the request does not hold"),
+    "ConditionalRequestConflict": (PreconditionFailedError, "another write to the same key is under way"),
+    "BadDigest": (ChecksumRefusedError, "the body was damaged on its way"),
+    "XAmzContentChecksumMismatch": (ChecksumRefusedError, "the body was damaged on its way"),
+    "InvalidRange": (StoreError, "the object is shorter than the range asked for"),
+    "RequestTimeout": (StoreUnavailableError, "the server waited too long for the body"),
+    "SlowDown": (StoreUnavailableError, "the server asks for fewer requests"),
+    "SlowDownRead": (StoreUnavailableError, "the server asks for fewer requests"),
+    "SlowDownWrite": (StoreUnavailableError, "the server asks for fewer requests"),
+    "Throttling": (StoreUnavailableError, "the server asks for fewer requests"),
+    "OperationAborted": (StoreUnavailableError, "another operation is under way; ask again"),
+}
+
+_BY_STATUS: dict[int, tuple[type[StoreError], str]] = {
+    403: (PermissionDeniedError, "the credentials do not allow this request"),
+    404: (ObjectNotFoundError, "no such object"),
+    409: (PreconditionFailedError, "another write to the same key is under way"),
+    412: (PreconditionFailedError, "the condition of the request does not hold"),
+    429: (StoreUnavailableError, "the server asks for fewer requests"),
+}
+
+_NO_CREDENTIALS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.CredentialRetrievalError,
+    boto.TokenRetrievalError,
+    boto.SSOError,
+)
+_UNREACHABLE = (boto.HTTPClientError, aiohttp.ClientError, ConnectionError, TimeoutError)
+
+
+@contextmanager
+def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
+    """Turns what the client raises into the `StoreError` that says what to do.
+
+    Args:
+        where: the object or bucket, for the message.
+        ignore: error codes that are as good as success.
+    """
+    try:
+        yield
+    except boto.ClientError as e:
+        code = str(e.response.get("Error", {}).get("Code", ""))
+        if code not in ignore:
+            raise _of_reply(e, code, where) from e
+    except _NO_CREDENTIALS as e:
+        msg = (
+            f"{where}: no usable credentials ({e}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            "AWS_PROFILE, pass access_key_id= and secret_access_key=, or give the machine a role"
+        )
+        raise CredentialsError(msg) from e
+    except boto.ProfileNotFound as e:
+        msg = f"{where}: {e}"
+        raise CredentialsError(msg) from e
+    except boto.SSLError as e:
+        msg = f"{where}: the server's certificate was not accepted ({e}); pass ca_bundle= or set AWS_CA_BUNDLE"
+        raise StoreError(msg) from e
+    except boto.ParamValidationError as e:
+        msg = f"{where}: {e}"
+        raise UsageError(msg) from e
+    except _UNREACHABLE as e:
+        msg = f"{where}: no answer ({type(e).__name__}: {e})"
+        raise StoreUnavailableError(msg) from e
+    except boto.BotoCoreError as e:
+        msg = f"{where}: {e}"
+        raise StoreError(msg) from e
+
+
+def _of_reply(error: boto.ClientError, code: str, where: str) -> StoreError:
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    kind, meaning = _BY_CODE.get(code) or _BY_STATUS.get(status) or (None, "")
+    if kind is None:
+        kind = StoreUnavailableError if status >= 500 else StoreError
+        meaning = str(error.response.get("Error", {}).get("Message", ""))
+    return kind(f"{where}: {meaning} ({code or 'no code'}, HTTP {status})")

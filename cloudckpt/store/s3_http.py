@@ -1,0 +1,112 @@
+"""aiobotocore's HTTP session, with bodies sent as they lie in memory and nothing sent twice.
+
+Law: no S3 here, only HTTP; whatever is not changed is aiobotocore's own.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from aiobotocore.httpsession import AIOHTTPSession
+from aiohttp import ClientSession
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
+
+_SLICE = 256 << 10
+"""Bytes handed to the transport at once. What the socket does not take of a slice, asyncio copies
+(CPython 3.11, ``_SelectorSocketTransport.write``), so slices stay small."""
+_SMALL = 64 << 10
+
+
+class ViewsBody(io.RawIOBase):
+    """A request body that is a run of buffers: file-like for botocore, which only measures it.
+
+    The buffers are not copied; they must not change until the request is done.
+    """
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        """Takes views of bytes (``itemsize`` 1)."""
+        super().__init__()
+        self.views = tuple(views)
+        self.nbytes = sum(len(view) for view in views)
+        self._position = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """The position that the next read starts at."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Moves the position, as `io.IOBase.seek` defines it."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.nbytes}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fills ``buffer`` from the position; for clients that must read, such as a hash."""
+        out = memoryview(buffer).cast("B")
+        start, filled = self._position, 0
+        for view in self.views:
+            if start < len(view) and filled < len(out):
+                taken = min(len(view) - start, len(out) - filled)
+                out[filled : filled + taken] = view[start : start + taken]
+                filled += taken
+            start = max(0, start - len(view))
+        self._position += filled
+        return filled
+
+
+class _ViewsPayload(Payload):
+    """The same body as aiohttp wants it."""
+
+    def __init__(self, body: ViewsBody) -> None:
+        super().__init__(body.views)
+        self._size = body.nbytes
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("a body of bytes is not text")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        small: list[memoryview] = []  # copied together: a write for each would cost more
+        waiting = 0
+        for view in self._value:
+            for start in range(0, len(view), _SLICE):
+                piece = view[start : start + _SLICE]
+                if len(piece) < _SMALL:
+                    small.append(piece)
+                    waiting += len(piece)
+                if small and (waiting >= _SMALL or len(piece) >= _SMALL):
+                    await writer.write(b"".join(small))
+                    small, waiting = [], 0
+                if len(piece) >= _SMALL:
+                    await writer.write(piece)
+        if small:
+            await writer.write(b"".join(small))
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        del content_length  # botocore took it from this very body
+        await self.write(writer)
+
+
+class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
+    """Sends each request once; `ViewsBody` bodies go out by their views."""
+
+    async def _get_session(self, proxy_url: str | None) -> ClientSession:
+        session: ClientSession = await super()._get_session(proxy_url)
+        # aiohttp re-sends idempotent requests, PUT among them, when a kept-alive connection was lost: a
+        # conditional PUT that had landed would then be answered 412. aiohttp's own test client uses this switch.
+        session._retry_connection = False
+        return session
+
+    async def send(self, request: Any) -> Any:
+        """Sends a prepared request; see `AIOHTTPSession.send`."""
+        if isinstance(request.body, ViewsBody):
+            request.body = _ViewsPayload(request.body)
+        return await super().send(request)

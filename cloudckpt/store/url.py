@@ -1,0 +1,74 @@
+"""From a URL to an open store.
+
+Law: the only place that knows which store serves which scheme; imports a store's library when it is asked for.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from urllib.parse import unquote, urlsplit
+
+from cloudckpt.errors import UnsupportedUrlError
+from cloudckpt.store.protocols import Store
+from cloudckpt.store.retry import RetryingStore, RetryOptions
+from cloudckpt.store.s3_options import S3Options
+
+SCHEMES = ("s3", "file", "memory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """How to reach a store, whichever it turns out to be."""
+
+    s3: S3Options = field(default_factory=S3Options)
+    retry: RetryOptions = field(default_factory=RetryOptions)
+
+
+def check_url(url: str) -> str:
+    """Returns ``url`` without slashes at its end.
+
+    Raises:
+        UnsupportedUrlError: no store serves it, or it names no bucket or directory.
+    """
+    parts = urlsplit(url)
+    known = ", ".join(f"{s}://" for s in SCHEMES)
+    if parts.scheme not in SCHEMES:
+        msg = f"no store serves {url!r}; give a URL that begins with one of {known}"
+        raise UnsupportedUrlError(msg)
+    if parts.query or parts.fragment:
+        msg = f"{url!r} has a '?' or '#' in it, which keys of checkpoints cannot have"
+        raise UnsupportedUrlError(msg)
+    if not (parts.path.strip("/") if parts.scheme == "file" else parts.netloc):
+        msg = f"{url!r} names no {'directory' if parts.scheme == 'file' else 'bucket'}"
+        raise UnsupportedUrlError(msg)
+    if any(segment in {".", ".."} for segment in parts.path.split("/")):
+        msg = f"{url!r} has a '.' or '..' segment; spell the place out"
+        raise UnsupportedUrlError(msg)
+    return url.rstrip("/")
+
+
+@asynccontextmanager
+async def open_store(url: str, options: StoreOptions | None = None) -> AsyncIterator[Store]:
+    """Opens the store rooted at ``url``, with retries, for as long as the context lasts.
+
+    Raises:
+        UnsupportedUrlError: see `check_url`.
+        CredentialsError: AWS's configuration names a profile that does not exist.
+    """
+    options = options or StoreOptions()
+    parts = urlsplit(check_url(url))
+    prefix = parts.path.strip("/")
+    prefix += "/" if prefix else ""
+    if parts.scheme == "s3":
+        from cloudckpt.store.s3 import S3Store
+
+        async with S3Store(parts.netloc, prefix, options.s3) as store:
+            yield RetryingStore(store, options.retry)
+    elif parts.scheme == "file":
+        from cloudckpt.store.fsspec import LocalStore
+
+        yield RetryingStore(LocalStore(unquote(parts.path)), options.retry)
+    else:
+        from cloudckpt.store.memory import MemoryStore
+
+        yield RetryingStore(MemoryStore(parts.netloc, prefix), options.retry)
