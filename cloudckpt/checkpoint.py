@@ -213,7 +213,7 @@ class _ArraySink:
     def memory(self) -> memoryview | None:
         if not self.target.flags.c_contiguous:
             return None
-        return memoryview(self.target.reshape(-1).view(np.uint8))
+        return self.target.reshape(-1).view(np.uint8).data
 
     def place(self, region: Region, data: memoryview) -> None:
         strides = strides_of(self.chunk_shape, self.target.itemsize)
@@ -271,5 +271,6 @@ def _numpy_dtype(name: str, key: str) -> "np.dtype[Any]":
     if known.startswith("ml:"):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, known.removeprefix("ml:")))
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, known.removeprefix("ml:")))
+        return extended
     return np.dtype(known)

@@ -1,8 +1,8 @@
 """The names of element types: what the manifest calls them, how wide they are, what numpy calls them.
 
 Law: pure, and the only table of dtypes without torch. Names of the safetensors format are used where it
-has one that its torch reader opens (safetensors 0.8, ``safetensors.torch._TYPES``); the others carry torch's own name and are
-stored in shards as raw bytes.
+has one that its torch reader opens (safetensors 0.8, ``safetensors.torch._TYPES``); the others carry torch's
+own name and are stored in shards as raw bytes.
 """
 
 from dataclasses import dataclass

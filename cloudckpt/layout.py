@@ -15,10 +15,10 @@ MANIFEST = "manifest.json"
 SHARDS = "shards/"
 """Where the data objects of all attempts lie."""
 
-SAFETENSORS = "safetensors"
-FRAMES = "frames"
-
 ShardExt = Literal["safetensors", "frames"]
+
+SAFETENSORS: ShardExt = "safetensors"
+FRAMES: ShardExt = "frames"
 
 _METADATA = "__metadata__"
 _SHARD_KEY = re.compile(r"shards/[0-9a-f]{2}/[0-9a-f]{32}\.(safetensors|frames)")

@@ -19,7 +19,7 @@ from cloudckpt.dtypes import DTYPES
 from cloudckpt.errors import ManifestError, UnsupportedVersionError
 from cloudckpt.layout import is_shard_key
 
-FORMAT = "cloudckpt"
+FORMAT: Literal["cloudckpt"] = "cloudckpt"
 VERSION = 1
 SUMMARY_NBYTES = 4096
 """The summary lies within this many first bytes of the manifest."""

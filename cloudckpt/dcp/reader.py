@@ -132,7 +132,7 @@ class ObjectStoreReader(StorageReader):
     def set_up_storage_reader(
         self,
         metadata: Metadata,
-        is_coordinator: bool,
+        is_coordinator: bool,  # noqa: FBT001 - DCP's signature
         *args: Any,
         **kwargs: Any,
     ) -> None:
@@ -173,7 +173,7 @@ class ObjectStoreReader(StorageReader):
             ]
             strings = [_BytesItem.of(item, locator) for item in plan.items if item.type == LoadItemType.BYTE_IO]
             url = self._url
-            wanted = [w for i in (*tensors, *strings) if (w := i.wanted) is not None]
+            wanted = [w for w in (*(t.wanted for t in tensors), *(s.wanted for s in strings)) if w is not None]
             try:
                 loop.run(lambda: self._fetch(url, wanted))
             except CheckpointError as e:

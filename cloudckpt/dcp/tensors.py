@@ -23,16 +23,17 @@ def storable(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if isinstance(tensor, AsyncCollectiveTensor):
         tensor = tensor.wait()
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        msg = f"{name} is a {'fake' if isinstance(tensor, FakeTensor) else 'meta'} tensor, which has no data to save"
+        msg = f"{name} is on the meta device or fake: it has no data to save; materialize it first"
         raise UnstorableError(msg)
-    if is_traceable_wrapper_subclass(tensor):
+    given: object = tensor  # its static type would rule the next line out
+    if is_traceable_wrapper_subclass(given):
         msg = (
-            f"{name} is a {type(tensor).__name__}, a tensor subclass that wraps others; save the tensors it "
+            f"{name} is a {type(given).__name__}, a tensor subclass that wraps others; save the tensors it "
             "wraps (its state_dict or __tensor_flatten__ gives them)"
         )
         raise UnstorableError(msg)
     if tensor.layout != torch.strided or tensor.is_quantized:
-        msg = f"{name} has layout {tensor.layout} and dtype {tensor.dtype}; convert it with .to_dense() or .dequantize()"
+        msg = f"{name} is {tensor.layout}, {tensor.dtype}; convert it with .to_dense() or .dequantize()"
         raise UnstorableError(msg)
     return tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
 
@@ -41,7 +42,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview | None:
     """The bytes of a tensor in host memory that lie in row-major order; None where they do not."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 class TensorSource:
@@ -59,7 +60,7 @@ class TensorSource:
         self._side: torch.cuda.Stream | None = None
         if tensor.device.type == "cuda":
             self._ready = torch.cuda.current_stream(tensor.device).record_event()
-            self._side = torch.cuda.Stream(tensor.device)
+            self._side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
 
     def scratch_nbytes(self, at: Range) -> int:
         """See `Source.scratch_nbytes`."""

@@ -7,7 +7,6 @@ import logging
 import os
 from datetime import UTC, datetime
 from importlib.metadata import version
-from math import prod
 from secrets import token_hex
 from typing import Any
 
@@ -15,23 +14,20 @@ import msgspec
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from cloudckpt import layout, manifest
 from cloudckpt.dcp.border import border
-from cloudckpt.dcp.dtypes import name_of
-from cloudckpt.dcp.results import WrittenItem, assemble, pack, planner_paths
-from cloudckpt.dcp.tensors import TensorSource, storable
-from cloudckpt.dtypes import DTYPES, RAW
+from cloudckpt.dcp.resolving import refuse_unstorable, resolve
+from cloudckpt.dcp.results import assemble, pack, planner_paths
 from cloudckpt.engine import commit, loop
-from cloudckpt.engine.framing import Item, plan_shards
-from cloudckpt.engine.write import BytesSource, ShardWriter, Source, WriteOptions
-from cloudckpt.errors import SaveFailedError, UnstorableError, UsageError
+from cloudckpt.engine.framing import plan_shards
+from cloudckpt.engine.write import ShardWriter, WriteOptions
+from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.manifest import Manifest, Shard, Summary
 from cloudckpt.options import overridden, refuse_unknown
-from cloudckpt.safetensors_header import HeaderItem
 from cloudckpt.store.url import StoreOptions, check_url, open_store
 
 log = logging.getLogger(__name__)
@@ -131,7 +127,7 @@ class ObjectStoreWriter(StorageWriter):
         """Refuses what cannot be stored, by what the plan knows of it."""
         with border(SaveFailedError, "planning the save"):
             for item in plan.items:
-                _refuse_unstorable(item)
+                refuse_unstorable(item)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -142,7 +138,7 @@ class ObjectStoreWriter(StorageWriter):
         """Uploads this rank's items; returns when they are up."""
         with border(SaveFailedError, "the save"):
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            written, items, sources = _resolve(plan, planner)
+            written, items, sources = resolve(plan, planner)
             plans = plan_shards(
                 items,
                 rank=rank,
@@ -232,85 +228,3 @@ def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
         msg = "metadata= holds values that JSON would read back as others (tuples, bytes, dates, keys not text)"
         raise UsageError(msg)
     return metadata
-
-
-def _refuse_unstorable(item: WriteItem) -> None:
-    """Raises for what the plan shows cannot be stored."""
-    data = item.tensor_data
-    if data is None:
-        return
-    if data.properties.layout != torch.strided:
-        msg = f"{item.index.fqn!r} has layout {data.properties.layout}; only strided tensors can be stored: use .to_dense()"
-        raise UnstorableError(msg)
-    if name_of(data.properties.dtype) is None:
-        msg = f"{item.index.fqn!r} has dtype {data.properties.dtype}, which cannot be stored; convert it first"
-        raise UnstorableError(msg)
-
-
-def _resolve(plan: SavePlan, planner: SavePlanner) -> tuple[list[WrittenItem], list[Item], list[Source]]:
-    """Asks the planner for every item; refuses what cannot be stored before a byte is written."""
-    paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    written: list[WrittenItem] = []
-    items: list[Item] = []
-    sources: list[Source] = []
-    for item in plan.items:
-        key = item.index.fqn
-        path = paths.get(key, (key,))
-        notes: dict[str, object] = {} if path == (key,) else {"path": list(path)}
-        resolved = planner.resolve_data(item)
-        if item.type == WriteItemType.BYTE_IO:
-            if isinstance(resolved, torch.Tensor):
-                msg = f"the planner planned {key!r} as bytes and resolved it to a tensor"
-                raise SaveFailedError(msg)
-            data = resolved.getbuffer()
-            header = HeaderItem(name=layout.item_name(key, None), dtype=RAW, shape=(len(data),), nbytes=len(data))
-            written.append(WrittenItem(key, "", (), (), len(data)))
-            items.append(Item(header=header, notes={"kind": "bytes", **notes}))
-            sources.append(BytesSource(data))
-        else:
-            tensor = storable(_checked_tensor(item, resolved), repr(key))
-            one, header, more = _describe(item, tensor)
-            written.append(one)
-            items.append(Item(header=header, notes={**more, **notes}))
-            sources.append(TensorSource(tensor))
-    names = [i.header.name for i in items]
-    if len(set(names)) != len(names):
-        twice = sorted({n for n in names if names.count(n) > 1})
-        msg = f"the plan writes the same chunk more than once: {', '.join(twice)}"
-        raise SaveFailedError(msg)
-    return written, items, sources
-
-
-def _checked_tensor(item: WriteItem, resolved: object) -> torch.Tensor:
-    """The resolved tensor, if it is still what was planned: a cached plan overlooks a changed dtype."""
-    key, data = item.index.fqn, item.tensor_data
-    if not isinstance(resolved, torch.Tensor) or data is None:
-        msg = f"the planner planned {key!r} as a tensor and resolved it to {type(resolved).__name__}"
-        raise SaveFailedError(msg)
-    if resolved.dtype != data.properties.dtype or resolved.shape != data.chunk.sizes:
-        msg = (
-            f"{key!r} is {resolved.dtype} {tuple(resolved.shape)} now but was planned as {data.properties.dtype} "
-            f"{tuple(data.chunk.sizes)}; with DCP's plan cache, save a changed state dict through a new planner class"
-        )
-        raise SaveFailedError(msg)
-    return resolved
-
-
-def _describe(item: WriteItem, tensor: torch.Tensor) -> tuple[WrittenItem, HeaderItem, dict[str, object]]:
-    data = item.tensor_data
-    assert data is not None  # noqa: S101 - `_checked_tensor` saw to it
-    offsets, shape = tuple(data.chunk.offsets), tuple(data.size)
-    is_whole = tuple(tensor.shape) == shape
-    dtype = DTYPES[str(name_of(tensor.dtype))]
-    nbytes = prod(tensor.shape) * dtype.itemsize
-    notes: dict[str, object] = {} if is_whole else {"shape": list(shape)}
-    if not dtype.is_safetensors:
-        notes |= {"dtype": dtype.name, "chunk": list(tensor.shape)}
-    header = HeaderItem(
-        name=layout.item_name(item.index.fqn, None if is_whole else offsets),
-        dtype=dtype.name if dtype.is_safetensors else RAW,
-        shape=tuple(tensor.shape) if dtype.is_safetensors else (nbytes,),
-        nbytes=nbytes,
-    )
-    written = WrittenItem(item.index.fqn, dtype.name, offsets, tuple(tensor.shape), nbytes)
-    return written, header, notes

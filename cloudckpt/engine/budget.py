@@ -48,6 +48,10 @@ class Budget:
             self._free -= granted
         return granted
 
+    def give_when_done(self, task: "asyncio.Task[object]", granted: int) -> None:
+        """Gives back what `take` returned when ``task`` is done, also if it is cancelled before its first step."""
+        task.add_done_callback(lambda _: self.give(granted))
+
     def give(self, granted: int) -> None:
         """Gives back what `take` returned."""
         self._free += granted
@@ -77,7 +81,7 @@ class BufferPool:
             return memoryview(b"")
         if nbytes <= self._size and self._free:
             return self._free.pop()
-        return memoryview(np.empty(max(nbytes, self._size), np.uint8))
+        return np.empty(max(nbytes, self._size), np.uint8).data
 
     def give(self, buffer: memoryview) -> None:
         """Takes a buffer back; one larger than the pool's size is dropped."""

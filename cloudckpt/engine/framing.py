@@ -101,24 +101,32 @@ def plan_shards(
         max_header_nbytes: bytes a shard's header may have.
     """
     order = sorted(range(len(items)), key=lambda i: -_width(items[i].header))
-    plans, group, header_nbytes, data_nbytes = [], [], 1024, 0
+
+    def plan(group: list[int]) -> ShardPlan:
+        token = new_token()
+        return _plan_shard(items, group, rank=rank, frame_size=frame_size, token=token, key_of=key_of)
+
+    plans: list[ShardPlan] = []
+    group: list[int] = []
+    header_nbytes, data_nbytes = 1024, 0
     for i in order:
         cost = _header_cost(items[i])
         nbytes = items[i].header.nbytes
         if group and (header_nbytes + cost > max_header_nbytes or header_nbytes + data_nbytes + nbytes > max_size):
-            plans.append(_plan_shard(items, group, rank, frame_size, new_token(), key_of))
+            plans.append(plan(group))
             group, header_nbytes, data_nbytes = [], 1024, 0
         group.append(i)
         header_nbytes += cost
         data_nbytes += nbytes
     if group:
-        plans.append(_plan_shard(items, group, rank, frame_size, new_token(), key_of))
+        plans.append(plan(group))
     return plans
 
 
 def _plan_shard(
     items: Sequence[Item],
     group: list[int],
+    *,
     rank: int,
     frame_size: int,
     token: str,

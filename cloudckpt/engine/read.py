@@ -114,8 +114,7 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
         for fetch in fetches:
             granted = await budget.take(len(fetch.at))
             task = group.create_task(_fetch(store, fetch, wanted, pool))
-            # Not in the task: one cancelled before its first step would never give it back.
-            task.add_done_callback(lambda _, granted=granted: budget.give(granted))
+            budget.give_when_done(task, granted)
     stats.requests += len(fetches)
     stats.bytes_fetched += sum(len(f.at) for f in fetches)
     stats.bytes_needed += sum(r.nbytes for r in reads)

@@ -182,8 +182,7 @@ class ShardWriter:
                 for number, at in enumerate(split(Range(0, plan.size), size), start=1):
                     granted = await self._budget.take(len(at))
                     tasks.append(group.create_task(put_part(number, at)))
-                    # Not in the task: one cancelled before its first step would never give it back.
-                    tasks[-1].add_done_callback(lambda _, granted=granted: self._budget.give(granted))
+                    self._budget.give_when_done(tasks[-1], granted)
             parts = [task.result() for task in tasks]
             await self._store.complete_upload(upload, parts, crc32c=checksums.whole())
         except BaseException:

@@ -43,8 +43,9 @@ class LocalStore:
 
     An object is a file; one that is put appears whole, by link (which fails where the name is taken) or by
     rename. An upload is a temporary file that parts are written into at their offsets. ETags are made of
-    inode, size and modification time. Directories that deletions leave empty stay. A conditional put on an existing object compares, then renames: two
-    processes that replace the same object at the same moment are not kept apart, which `IfAbsent` does.
+    inode, size and modification time. `IfAbsent` keeps any number of writers apart; `IfMatch` compares, then
+    renames, so two processes that replace the same object at the same moment are not kept apart. Directories
+    that deletions leave empty stay.
     """
 
     def __init__(self, path: str, filesystem: LocalFileSystem | None = None) -> None:
@@ -170,14 +171,8 @@ class LocalStore:
 
     async def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
-        for path in await self._do(prefix, lambda: self._files(prefix)):
-            folder, name = os.path.split(path)
-            if name.startswith(_TEMPORARY):
-                base = name.removeprefix(_TEMPORARY).partition("-")[2]
-                key = os.path.relpath(os.path.join(folder, base), self._root)
-                started = datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
-                if key.startswith(prefix):
-                    yield Upload(key=key, upload_id=name, started=started)
+        for upload in await self._do(prefix, lambda: self._uploads(prefix)):
+            yield upload
 
     async def _do(self, key: str, action: Callable[[], T]) -> T:
         """Runs a blocking action in a thread and says in our words what it failed of."""
@@ -217,6 +212,17 @@ class LocalStore:
     def _keys(self, prefix: str) -> list[str]:
         paths = (p for p in self._files(prefix) if not os.path.basename(p).startswith(_TEMPORARY))
         return [k for k in (os.path.relpath(p, self._root) for p in paths) if k.startswith(prefix)]
+
+    def _uploads(self, prefix: str) -> list[Upload]:
+        found = []
+        for path in self._files(prefix):
+            folder, name = os.path.split(path)
+            base = name.removeprefix(_TEMPORARY).partition("-")[2]
+            key = os.path.relpath(os.path.join(folder, base), self._root)
+            if name.startswith(_TEMPORARY) and key.startswith(prefix):
+                started = datetime.fromtimestamp(os.stat(path).st_mtime, UTC)
+                found.append(Upload(key=key, upload_id=name, started=started))
+        return found
 
     def _info(self, key: str) -> ObjectInfo:
         stat = os.stat(self._path(key))

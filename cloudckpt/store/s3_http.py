@@ -71,6 +71,7 @@ class _ViewsPayload(Payload):
         self._size = body.nbytes
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        del encoding, errors
         raise TypeError("a body of bytes is not text")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
