@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What the three server scripts share: verbs, and a server's life as one session of processes.
-# Sourced, never run. The process in DIR/server.pid leads the session; whatever it starts stays in it and ends with it.
+# What the three server scripts share: verbs, and the life of a server as one group of processes.
+# Sourced, never run. The process in DIR/server.pid leads the group; whatever it starts stays in it and ends with it.
 #
 # The script that sources this sets NAME, DEFAULT_PORT, READY_WITHIN_S and STOP_WITHIN_S, and defines
 #   install   put the server on this machine
@@ -30,7 +30,7 @@ sweep() {
   :
 }
 
-has_processes() { # SESSION: has it any that are not zombies?
+has_processes() { # LEADER: has its group any that are not zombies?
   ps -o stat= -s "$1" | grep '^[^Z]' >/dev/null # not grep -q: it would break the pipe, and the pipe's status
 }
 
@@ -71,6 +71,7 @@ start() {
   trap 'end KILL' EXIT # a start that fails or is interrupted leaves nothing behind
   setsid "$ROOM/$NAME.sh" serve "$DIR" "$PORT" </dev/null >server.log 2>&1 &
   echo $! >server.pid
+  disown
   echo "$PORT" >server.port
   deadline=$((SECONDS + READY_WITHIN_S))
   until answers; do

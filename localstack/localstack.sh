@@ -15,7 +15,7 @@ LOCALSTACK_VENV=${LOCALSTACK_VENV:-$PROJECT/.venv-localstack}
 install() {
   "${PYTHON:-python3}" -m venv "$LOCALSTACK_VENV"
   # The file pins everything, so there is nothing to resolve: the resolver could go back and forth over boto for minutes.
-  "$LOCALSTACK_VENV/bin/pip" install --no-deps -r "$ROOM/localstack-requirements.txt"
+  "$LOCALSTACK_VENV/bin/pip" install --no-deps --no-compile -r "$ROOM/localstack-requirements.txt"
 }
 
 missing() {
@@ -26,9 +26,9 @@ serve() {
   mkdir -p tmp
   export GATEWAY_LISTEN=127.0.0.1:$PORT FILESYSTEM_ROOT=$DIR TMPDIR=$DIR/tmp LS_LOG=warn
   export SERVICES=s3 STRICT_SERVICE_LOADING=1 EAGER_SERVICE_LOADING=1 ALLOW_NONSTANDARD_REGIONS=1
-  export S3_SKIP_SIGNATURE_VALIDATION=0                                    # check presigned URLs
-  export DISABLE_EVENTS=1 SKIP_INFRA_DOWNLOADS=1 SKIP_SSL_CERT_DOWNLOAD=1 # reach for nothing outside this machine
-  export PERSISTENCE=0 OVERRIDE_IN_DOCKER=0                               # the same inside a container and out of it
+  export S3_SKIP_SIGNATURE_VALIDATION=0            # check presigned URLs
+  export DISABLE_EVENTS=1 SKIP_SSL_CERT_DOWNLOAD=1 # reach for nothing outside this machine
+  export PERSISTENCE=0 OVERRIDE_IN_DOCKER=0        # the same inside a container and out of it
   exec "$LOCALSTACK_VENV/bin/python" -m localstack.runtime.main
 }
 

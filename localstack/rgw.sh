@@ -9,7 +9,7 @@
 # CEPH_ROOT (the chroot), DEBIAN_MIRROR (where `install` gets Debian from).
 NAME=rgw
 DEFAULT_PORT=7480
-READY_WITHIN_S=120
+READY_WITHIN_S=60
 STOP_WITHIN_S=30
 # shellcheck source=localstack/common.sh
 . "$(dirname "$(realpath "$0")")/common.sh"
@@ -123,7 +123,17 @@ make_osd() {
   local uuid
   uuid=$(cat /proc/sys/kernel/random/uuid)
   in_root ceph-osd -i 0 --mkfs --osd-uuid "$uuid"
-  timeout 60 chroot "$CEPH_ROOT" ceph osd new "$uuid"
+  ask_monitor osd new "$uuid"
+  ask_monitor osd crush add osd.0 1 root=default host=localhost
+}
+
+ask_monitor() { # the first question after a connect can be refused with "wrong fsid" (see write_config), so ask again
+  local attempt
+  for attempt in 1 2 3; do
+    timeout 30 chroot "$CEPH_ROOT" ceph "$@" && return 0
+    echo "attempt $attempt: ceph $* failed"
+  done
+  return 1
 }
 
 make_owner() {
@@ -180,6 +190,10 @@ osd data = $C/osd/0
 osd objectstore = bluestore
 bluestore block size = $(numfmt --from=iec "${SIZE:-20G}")
 osd memory target = 1073741824
+# An OSD that tells its place to the monitor at every start may do so before it has read the cluster's fsid. The monitor
+# then answers "wrong fsid" and the OSD never comes up. Its place never changes: make_osd says it once.
+osd class update on start = false
+osd crush update on start = false
 # A gateway that was killed is forgotten soon, so the next one does not wait for it.
 osd client watch timeout = 3
 [client.rgw]

@@ -32,14 +32,16 @@ JSON
     -s3 -s3.port="$PORT" -s3.port.grpc=$((PORT + 7)) -s3.port.iceberg=0 -s3.port.lance=0
     -s3.config=s3.json -s3.autoCreateBucket=false -s3.localSocket=s3.sock
     -master.port=$((PORT + 1)) -master.port.grpc=$((PORT + 2)) -master.volumeSizeLimitMB=1024 -master.telemetry=false
+    -master.electionTimeout=300ms -master.heartbeatInterval=50ms # alone, it need not wait 10 s for others
     -volume.port=$((PORT + 3)) -volume.port.grpc=$((PORT + 4)) -volume.max=1000 -volume.minFreeSpace=1 -volume.preStopSeconds=0
     -filer -filer.port=$((PORT + 5)) -filer.port.grpc=$((PORT + 6)) -filer.localSocket=filer.sock
   )
   exec "$WEED" -logtostderr=true server "${options[@]}"
 }
 
-answers() {
-  [ "$(http_status "http://127.0.0.1:$PORT/status")" = 200 ]
+answers() { # and has its volumes: until they report to the master, every GET and PUT is a 500
+  [ "$(http_status "http://127.0.0.1:$PORT/status")" = 200 ] &&
+    curl --noproxy '*' --silent --max-time 5 "http://127.0.0.1:$((PORT + 1))/dir/status" | grep '"DataNodes":\[{' >/dev/null
 }
 
 sweep() { # sockets whose place it does not let one choose

@@ -60,7 +60,15 @@ _NO_CREDENTIALS = (
     boto.TokenRetrievalError,
     boto.SSOError,
 )
-_UNREACHABLE = (boto.HTTPClientError, aiohttp.ClientError, ConnectionError, TimeoutError)
+_UNREACHABLE = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    boto.ResponseStreamingError,
+    aiohttp.ClientError,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 @contextmanager

@@ -1,0 +1,133 @@
+"""Who is measured: each saves a state dict to a URL and loads it back, in its best documented settings.
+
+Law: a contender's libraries are imported when it first works, in its own process. A contender can be pickled.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from cloudckpt.cli.bench.workloads import State
+from cloudckpt.engine.read import ReadOptions
+from cloudckpt.engine.write import WriteOptions
+from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.url import StoreOptions
+
+OURS = "cloudckpt"
+
+
+class Contender(Protocol):
+    """Something that saves and loads checkpoints. Clients it keeps between calls are made by the first."""
+
+    @property
+    def name(self) -> str:
+        """What it is asked for by."""
+        ...
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The distributions whose versions matter to its figures."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What it runs with, as JSON can spell it."""
+        ...
+
+    def save(self, state: State, url: str) -> None:
+        """Returns when the checkpoint is complete at ``url``."""
+        ...
+
+    def load(self, state: State, url: str) -> None:
+        """Fills the tensors of ``state`` in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cloudckpt:
+    """This project, as it comes."""
+
+    name: str = OURS
+    modules: tuple[str, ...] = ("cloudckpt", "torch", "aiobotocore", "botocore", "aiohttp", "awscrt", "numpy")
+    addressing_style: Any = "auto"
+
+    def settings(self) -> dict[str, Any]:
+        """See `Contender.settings`."""
+        return {
+            "write": asdict(WriteOptions()),
+            "read": asdict(ReadOptions()),
+            "addressing_style": self.addressing_style,
+        }
+
+    def save(self, state: State, url: str) -> None:
+        """See `Contender.save`."""
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        from cloudckpt.dcp.writer import ObjectStoreWriter
+
+        save(state, storage_writer=ObjectStoreWriter(url, store=self._store()), no_dist=True)
+
+    def load(self, state: State, url: str) -> None:
+        """See `Contender.load`."""
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        from cloudckpt.dcp.reader import ObjectStoreReader
+
+        load(state, storage_reader=ObjectStoreReader(url, store=self._store()), no_dist=True)
+
+    def _store(self) -> StoreOptions:
+        return StoreOptions(s3=S3Options(addressing_style=self.addressing_style))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fsspec:
+    """PyTorch's own FsspecWriter and FsspecReader over s3fs, which keep their file system between calls.
+
+    Attributes:
+        name: see `Contender.name`.
+        modules: see `Contender.modules`.
+        threads: the writer's ``thread_count``; it writes a file for each.
+        addressing_style: see `S3Options`.
+        s3_config: of botocore's ``Config(s3=)``.
+        storage: further arguments for s3fs.
+    """
+
+    name: str
+    modules: tuple[str, ...] = ("torch", "s3fs", "fsspec", "aiobotocore", "botocore", "aiohttp")
+    threads: int
+    addressing_style: Any = "auto"
+    s3_config: dict[str, Any] = field(default_factory=dict)
+    storage: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Contender.settings`."""
+        return {"writer": self._writer(), "storage": self._storage()}
+
+    def save(self, state: State, url: str) -> None:
+        """See `Contender.save`."""
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        save(state, storage_writer=FsspecWriter(url, **self._writer(), **self._storage()), no_dist=True)
+
+    def load(self, state: State, url: str) -> None:
+        """See `Contender.load`."""
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        load(state, storage_reader=FsspecReader(url, **self._storage()), no_dist=True)
+
+    def _writer(self) -> dict[str, Any]:
+        return {"thread_count": self.threads, "sync_files": False}
+
+    def _storage(self) -> dict[str, Any]:
+        s3 = {"addressing_style": self.addressing_style, **self.s3_config}
+        return {"config_kwargs": {"s3": s3}, **self.storage}
+
+
+def all_contenders(addressing_style: str) -> dict[str, Contender]:
+    """Every contender by its name."""
+    known: list[Contender] = [
+        Cloudckpt(addressing_style=addressing_style),
+        Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
+        Fsspec(name="fsspec-8", threads=8, addressing_style=addressing_style),
+    ]
+    return {contender.name: contender for contender in known}

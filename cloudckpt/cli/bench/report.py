@@ -1,0 +1,119 @@
+"""The results, as tables for people and as JSON for programs.
+
+Law: shows what others worked out; the only file that writes to stdout.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cloudckpt.cli.bench import claims
+from cloudckpt.cli.bench.claims import Claim
+from cloudckpt.cli.bench.contenders import OURS
+from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary, compare, summarize
+from cloudckpt.cli.bench.session import Results
+from cloudckpt.cli.bench.sizes import spelled
+from cloudckpt.cli.bench.workloads import Workload
+from cloudckpt.engine.read import ReadOptions
+from cloudckpt.engine.write import WriteOptions
+
+
+def show(results: Results) -> None:
+    """Prints the tables and the claims to stdout."""
+    console = Console()
+    machine = results.machine
+    console.print(f"{machine.cpu}, {machine.cores} cores, Python {machine.python}; server and client share it")
+    for workload in results.workloads.values():
+        console.print(_figures_table(workload, _summaries(results, workload)))
+        ratios = _ratios(results, workload)
+        if ratios:
+            console.print(_ratios_table(workload, ratios))
+    found = _claims(results)
+    if found:
+        console.print(_claims_table(found))
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Everything: each figure as it was measured, and all that was worked out from them."""
+    return {
+        "url": results.url,
+        "machine": asdict(results.machine),
+        "contenders": {name: contender.settings() for name, contender in results.contenders.items()},
+        "workloads": {
+            name: {
+                **asdict(workload),
+                "figures": [{**asdict(f), "rss_growth": f.rss_growth} for f in results.figures if f.workload == name],
+                "summaries": [asdict(summary) for summary in _summaries(results, workload)],
+                "ratios": [asdict(ratio) for ratio in _ratios(results, workload)],
+            }
+            for name, workload in results.workloads.items()
+        },
+        "claims": [asdict(claim) for claim in _claims(results)],
+    }
+
+
+def _summaries(results: Results, workload: Workload) -> list[Summary]:
+    names = results.contenders_of(workload.name)
+    return [summarize(results.figures, workload.name, name, operation) for operation in OPERATIONS for name in names]
+
+
+def _ratios(results: Results, workload: Workload) -> list[Ratio]:
+    names = results.contenders_of(workload.name)
+    peers = [name for name in names if name != OURS]
+    return [
+        compare(results.figures, workload.name, OURS, peer, operation)
+        for operation in OPERATIONS
+        for peer in peers
+        if OURS in names
+    ]
+
+
+def _claims(results: Results) -> list[Claim]:
+    found = []
+    budget = {"save": WriteOptions().max_inflight_nbytes, "load": ReadOptions().max_inflight_nbytes}
+    for workload in results.workloads.values():
+        found += claims.about_speed(workload.name, _ratios(results, workload))
+        for summary in _summaries(results, workload):
+            if summary.contender == OURS:
+                found += claims.about_memory(workload.name, [summary], budget[summary.operation])
+    return found
+
+
+def _figures_table(workload: Workload, summaries: list[Summary]) -> Table:
+    size = f"{spelled(workload.nbytes)} of bf16 in {workload.tensors} tensor{'s' * (workload.tensors > 1)}"
+    rounds = f"median of {workload.rounds} rounds" if workload.rounds > 1 else "one round"
+    table = Table(title=f"{workload.name}: {size}, {rounds}", title_justify="left")
+    for name in ("operation", "contender"):
+        table.add_column(name)
+    for name in ("wall s", "CPU s", "MiB/s", "peak memory MiB"):
+        table.add_column(name, justify="right")
+    for s in summaries:
+        growth = "-" if s.rss_growth is None else f"{s.rss_growth / (1 << 20):.0f}"
+        rate = f"{workload.nbytes / (1 << 20) / s.wall_s:.0f}"
+        table.add_row(s.operation, s.contender, f"{s.wall_s:.2f}", f"{s.cpu_s:.2f}", rate, growth)
+    return table
+
+
+def _ratios_table(workload: Workload, ratios: list[Ratio]) -> Table:
+    table = Table(
+        title=f"{workload.name}: {OURS} beside its peers, median of the rounds' ratios", title_justify="left"
+    )
+    for name in ("operation", "peer"):
+        table.add_column(name)
+    for name in ("times as fast", "CPU of the peer's"):
+        table.add_column(name, justify="right")
+    for r in ratios:
+        table.add_row(r.operation, r.peer, f"{r.speed:.2f}", f"{r.cpu:.2f}")
+    return table
+
+
+def _claims_table(found: list[Claim]) -> Table:
+    table = Table(title="Does it hold?", title_justify="left")
+    for name in ("workload", "claim", "measured", "holds"):
+        table.add_column(name)
+    for claim in found:
+        holds = {True: "yes", False: "NO", None: "?"}[claim.holds]
+        table.add_row(claim.workload, claim.says, claim.measured, holds)
+    return table

@@ -1,0 +1,70 @@
+"""What tests share: a server of each chosen kind, and a fresh prefix on it for each test."""
+
+import warnings
+from secrets import token_hex
+
+import boto3
+import pytest
+from botocore.config import Config
+from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.url import StoreOptions
+
+from servers import available, chosen, start_server
+
+BUCKET = "checkpoints"
+
+
+@pytest.fixture(scope="session", params=chosen())
+def server(request, tmp_path_factory):
+    """A running S3 server; the tests that use it run once for each kind in ``SERVERS``."""
+    missing = available(request.param)
+    if missing:
+        pytest.fail(f"the server {request.param} was asked for and cannot be started: {missing}")
+    running = start_server(request.param, tmp_path_factory.mktemp(request.param))
+    try:
+        client_of(running).create_bucket(Bucket=BUCKET)
+        yield running
+    finally:
+        running.stop()
+
+
+def client_of(server):
+    """A plain boto3 client, to look at a server from outside."""
+    return boto3.client(
+        "s3",
+        endpoint_url=server.endpoint_url,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
+        region_name="us-east-1",
+        config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 5}),
+    )
+
+
+@pytest.fixture
+def client(server):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return client_of(server)
+
+
+@pytest.fixture
+def s3(server):
+    """Keyword arguments that lead a writer or reader to the server."""
+    return {
+        "endpoint_url": server.endpoint_url,
+        "access_key_id": server.access_key,
+        "secret_access_key": server.secret_key,
+        "region": "us-east-1",
+        "addressing_style": "path",
+    }
+
+
+@pytest.fixture
+def store_options(s3):
+    return StoreOptions(s3=S3Options(**s3))
+
+
+@pytest.fixture
+def root():
+    """A fresh URL on the server."""
+    return f"s3://{BUCKET}/{token_hex(6)}"

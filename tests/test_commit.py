@@ -1,0 +1,262 @@
+"""Committing: absent or complete, whatever is lost on the way."""
+
+import logging
+from datetime import UTC, datetime
+from secrets import token_hex
+from urllib.parse import urlsplit
+
+import pytest
+from cloudckpt.engine import commit
+from cloudckpt.errors import (
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitConflictError,
+    CommitUnknownError,
+    CredentialsError,
+    ManifestError,
+    NotCommittedError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    StoreUnavailableError,
+)
+from cloudckpt.layout import MANIFEST, shard_key
+from cloudckpt.manifest import Manifest, Shard, Summary, encode, encode_tombstone, parse
+from cloudckpt.store.memory import Bucket, MemoryStore
+from cloudckpt.store.protocols import IfAbsent
+from cloudckpt.store.s3 import S3Store
+from cloudckpt.store.s3_options import S3Options
+from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
+
+from counting_proxy import CountingProxy
+
+LOST = StoreUnavailableError("no answer")
+
+
+def make(save_id="ours", shard_keys=(), **more):
+    summary = Summary(
+        format="cloudckpt", version=1, save_id=save_id, created=datetime.now(UTC), writer="test", **more
+    )
+    shards = tuple(Shard(key=k, size=1, crc32c=0, frame_size=1 << 20, frame_checksums="") for k in shard_keys)
+    return encode(Manifest(summary=summary, metadata={}, planner_paths=None, shards=shards, entries={}))
+
+
+def fresh():
+    return MemoryStore(token_hex(4), bucket=Bucket())
+
+
+async def put(store, data):
+    return await store.put(MANIFEST, [memoryview(data)])
+
+
+async def commit_ours(store, replaces=None, deadline_s=5.0):
+    await commit.commit(store, make(), "ours", replaces=replaces, deadline_s=deadline_s)
+
+
+async def committed_by(store):
+    return parse((await store.get(MANIFEST)).data, "there").summary.save_id
+
+
+async def test_a_commit_is_one_conditional_put():
+    store = RecordingStore(fresh())
+    store.identity = token_hex(4)
+    await commit_ours(store)
+    assert store.requests[0] == ("put", MANIFEST)
+    assert await committed_by(store) == "ours"
+
+
+async def test_whether_conditions_are_honoured_is_asked_once_per_store():
+    store = RecordingStore(fresh())
+    store.identity = token_hex(4)
+    await commit_ours(store)
+    assert store.requests == [("put", MANIFEST)] * 2
+    await store.delete([MANIFEST])
+    store.requests.clear()
+    await commit_ours(store)
+    assert store.requests == [("put", MANIFEST)]
+
+
+class Unconditional(WrappedStore):
+    """A store that ignores conditions."""
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        return await super().put(key, body, crc32c=crc32c)
+
+
+async def test_a_store_that_ignores_conditions_is_warned_about(caplog):
+    store = Unconditional(fresh())
+    store.identity = token_hex(4)
+    with caplog.at_level(logging.WARNING):
+        await commit_ours(store)
+    assert "does not honour conditional writes" in caplog.text
+
+
+@pytest.mark.parametrize("is_reply_lost", [False, True], ids=["request lost", "reply lost"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+async def test_a_lost_request_or_reply_ends_in_our_commit(at, is_reply_lost):
+    there = fresh()
+    store = FailingStore(there, at, LOST, is_reply_lost=is_reply_lost)
+    store.identity = token_hex(4)
+    await commit_ours(store)
+    assert await committed_by(there) == "ours"
+
+
+async def test_a_lost_reply_is_not_put_again():
+    store = FailingStore(fresh(), 0, LOST, is_reply_lost=True)
+    commit._probed.add(store.identity)
+    await commit_ours(store)
+    assert store.requests == [("put", MANIFEST), ("get", MANIFEST)]
+
+
+async def test_a_409_with_nothing_there_is_put_again():
+    store = FailingStore(fresh(), 0, PreconditionFailedError("409 ConditionalRequestConflict"))
+    commit._probed.add(store.identity)
+    await commit_ours(store)
+    assert store.requests == [("put", MANIFEST), ("get", MANIFEST), ("put", MANIFEST)]
+
+
+async def test_another_save_that_came_first_stands():
+    store = fresh()
+    theirs = make("theirs")
+    await put(store, theirs)
+    with pytest.raises(CommitConflictError, match="another save committed"):
+        await commit_ours(store)
+    assert (await store.get(MANIFEST)).data == theirs
+
+
+async def test_what_cannot_be_learnt_is_said_so():
+    class Silent(WrappedStore):
+        async def before(self, method, key):
+            raise LOST
+
+    with pytest.raises(CommitUnknownError, match="could not be learnt"):
+        await commit_ours(Silent(fresh()), deadline_s=0.1)
+
+
+async def test_a_refusal_is_raised_as_it_is():
+    refusal = CredentialsError("expired")
+    store = FailingStore(fresh(), 0, refusal)
+    with pytest.raises(CredentialsError):
+        await commit_ours(store)
+    with pytest.raises(ObjectNotFoundError):
+        await store.get(MANIFEST)
+
+
+async def test_a_put_that_never_lands_ends_with_the_deadline():
+    class NoPut(WrappedStore):
+        async def before(self, method, key):
+            if method == "put":
+                raise LOST
+
+    with pytest.raises(StoreUnavailableError) as e:
+        await commit_ours(NoPut(fresh()), deadline_s=0.1)
+    assert "not committed" in e.value.__notes__[0]
+
+
+async def test_prepare_refuses_a_committed_checkpoint_unless_told_to_overwrite():
+    store = fresh()
+    key = shard_key("0" * 32, "safetensors")
+    await put(store, make("old", [key]))
+    with pytest.raises(CheckpointExistsError, match="overwrite=True"):
+        await commit.prepare(store, overwrite=False)
+    replaced = await commit.prepare(store, overwrite=True)
+    assert replaced.shard_keys == (key,)
+    assert await commit.prepare(fresh(), overwrite=False) is None
+
+
+async def test_overwriting_deletes_the_old_shards_after_the_commit():
+    store = RecordingStore(fresh())
+    commit._probed.add(store.identity)
+    key = shard_key("0" * 32, "safetensors")
+    await store.put(key, [memoryview(b"x")])
+    await put(store, make("old", [key]))
+    replaced = await commit.prepare(store, overwrite=True)
+    store.requests.clear()
+    await commit_ours(store, replaced)
+    assert store.requests == [("put", MANIFEST), ("delete", key)]
+    assert [o.key async for o in store.list_objects()] == [MANIFEST]
+
+
+async def test_overwriting_loses_to_a_save_that_replaced_it_meanwhile():
+    store = fresh()
+    await put(store, make("old"))
+    replaced = await commit.prepare(store, overwrite=True)
+    await put(store, make("theirs"))
+    with pytest.raises(CommitConflictError):
+        await commit_ours(store, replaced)
+    assert await committed_by(store) == "theirs"
+
+
+async def test_overwriting_what_was_deleted_meanwhile_commits():
+    store = fresh()
+    await put(store, make("old"))
+    replaced = await commit.prepare(store, overwrite=True)
+    await store.delete([MANIFEST])
+    await commit_ours(store, replaced)
+    assert await committed_by(store) == "ours"
+
+
+async def test_an_overwrite_with_a_lost_request_is_put_again():
+    store = FailingStore(fresh(), 2, LOST)
+    commit._probed.add(store.identity)
+    await put(store, make("old"))
+    replaced = await commit.prepare(store, overwrite=True)
+    await commit_ours(store, replaced)
+    assert await committed_by(store) == "ours"
+
+
+async def test_a_tombstone_reads_as_absent_and_is_replaced():
+    store = fresh()
+    summary = Summary(
+        format="cloudckpt", version=1, save_id="t", created=datetime.now(UTC), writer="s", is_tombstone=True
+    )
+    await put(store, encode_tombstone(summary))
+    with pytest.raises(CheckpointNotFoundError):
+        await commit.read_manifest(store)
+    late = make("late")
+    with pytest.raises(CommitConflictError):  # a coordinator that had seen nothing commits late
+        await commit.commit(store, late, "late", replaces=None, deadline_s=1)
+    await commit_ours(store, await commit.prepare(store, overwrite=False))
+    assert await committed_by(store) == "ours"
+
+
+async def test_nothing_and_never_committed_are_told_apart():
+    store = fresh()
+    with pytest.raises(CheckpointNotFoundError, match="no checkpoint at") as e:
+        await commit.read_manifest(store)
+    assert not isinstance(e.value, NotCommittedError)
+    await store.put(shard_key("0" * 32, "safetensors"), [memoryview(b"x")])
+    with pytest.raises(NotCommittedError, match="never committed"):
+        await commit.read_manifest(store)
+
+
+async def test_an_object_that_is_no_manifest_is_refused():
+    store = fresh()
+    await put(store, b"<html>")
+    with pytest.raises(ManifestError):
+        await commit.read_manifest(store)
+
+
+async def test_no_layer_sends_a_request_twice(server, s3):
+    """Counted at the server, with the answer of every request lost after it was carried out."""
+    at = urlsplit(server.endpoint_url)
+    key = token_hex(6)
+    for condition in (None, IfAbsent()):
+        async with CountingProxy(at.hostname, at.port, lambda *_: True) as proxy:
+            async with S3Store("checkpoints", "", S3Options(**{**s3, "endpoint_url": proxy.url})) as store:
+                with pytest.raises(StoreUnavailableError):
+                    await store.put(key + str(condition), [memoryview(b"x")], condition=condition)
+            assert [method for method, _ in proxy.requests] == ["PUT"]
+
+
+async def test_a_commit_whose_reply_is_lost_on_the_wire_stands(server, s3):
+    at = urlsplit(server.endpoint_url)
+    is_first = iter([True])
+    prefix = f"{token_hex(6)}/"
+    async with CountingProxy(
+        at.hostname, at.port, lambda method, _: method == "PUT" and next(is_first, False)
+    ) as proxy:
+        async with S3Store("checkpoints", prefix, S3Options(**{**s3, "endpoint_url": proxy.url})) as store:
+            commit._probed.add(store.identity)
+            await commit_ours(store)
+            assert await committed_by(store) == "ours"
+        assert [method for method, _ in proxy.requests] == ["PUT", "GET", "GET"]
