@@ -6,9 +6,9 @@ from secrets import token_hex
 import boto3
 import pytest
 from botocore.config import Config
+
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.url import StoreOptions
-
 from servers import available, chosen, start_server
 
 BUCKET = "checkpoints"

@@ -6,6 +6,7 @@ from secrets import token_hex
 from urllib.parse import urlsplit
 
 import pytest
+
 from cloudckpt.engine import commit
 from cloudckpt.errors import (
     CheckpointExistsError,
@@ -26,7 +27,6 @@ from cloudckpt.store.protocols import IfAbsent
 from cloudckpt.store.s3 import S3Store
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
-
 from counting_proxy import CountingProxy
 
 LOST = StoreUnavailableError("no answer")

@@ -6,6 +6,7 @@ from secrets import token_hex
 
 import pytest
 from awscrt.checksums import crc32c
+
 from cloudckpt.errors import (
     BucketNotFoundError,
     ChecksumRefusedError,

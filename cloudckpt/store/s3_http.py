@@ -109,5 +109,7 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
     async def send(self, request: Any) -> Any:
         """Sends a prepared request; see `AIOHTTPSession.send`."""
         if isinstance(request.body, ViewsBody):
+            # aiohttp waits for "100 Continue" without end, and not every gateway sends it.
+            del request.headers["Expect"]
             request.body = _ViewsPayload(request.body)
         return await super().send(request)
