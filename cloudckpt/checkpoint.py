@@ -221,8 +221,9 @@ class _ArraySink:
         self.target[_slices(region.relative_to(self.region.offsets))] = rows
 
 
-def _slices(region: Region) -> tuple[slice, ...]:
-    return tuple(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True))
+def _slices(region: Region) -> tuple[slice | EllipsisType, ...]:
+    """An index that gives a view, of a scalar too."""
+    return (*(slice(o, o + s) for o, s in zip(region.offsets, region.sizes, strict=True)), Ellipsis)
 
 
 def _parse_index(
