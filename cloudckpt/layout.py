@@ -22,7 +22,7 @@ FRAMES: ShardExt = "frames"
 
 _METADATA = "__metadata__"
 _SHARD_KEY = re.compile(r"shards/[0-9a-f]{2}/[0-9a-f]{32}\.(safetensors|frames)")
-_STEP = re.compile(r"step-(\d{1,18})")
+_STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 def shard_key(token: str, ext: ShardExt) -> str:

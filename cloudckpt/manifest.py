@@ -3,6 +3,7 @@
 Law: pure. Parse at the border and report every problem at once; `docs/format.md` leads, this follows.
 """
 
+import json
 import re
 import sys
 from array import array
@@ -27,6 +28,8 @@ SUMMARY_NBYTES = 4096
 _TAIL = re.compile(rb',"crc32c":"([0-9a-f]{8})"}')
 _TAIL_NBYTES = len(b',"crc32c":"00000000"}')
 _MAX_PROBLEMS = 100
+_HEAD = b'{"summary":'
+_UNREADABLE = (ValueError, RecursionError)
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,11 +197,11 @@ def parse(data: bytes, where: str) -> Manifest:
     """
     try:
         manifest = _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+    except _UNREADABLE as e:
         _refuse(data, where, e)
     if manifest.summary.version != VERSION:
         raise _unsupported(manifest.summary.version, where)
-    if not _checksum_matches(data):
+    if not _checksum_matches(data) or any(map(shard_problems, manifest.shards)):
         _refuse(data, where, None)
     return manifest
 
@@ -209,10 +212,16 @@ def parse_summary(head: bytes, where: str) -> Summary:
     Raises:
         ManifestError, UnsupportedVersionError: as `parse`.
     """
-    end = head.find(b"}")
     try:
-        summary = _head_decoder.decode(head[: end + 1] + b"}").summary
-    except (msgspec.DecodeError, msgspec.ValidationError) as e:
+        if not head.startswith(_HEAD):
+            msg = f"it does not begin with {_HEAD.decode()}"
+            raise ValueError(msg)
+        raw, _ = json.JSONDecoder().raw_decode(head[len(_HEAD) :].decode(errors="ignore"))
+        version = raw.get("version") if isinstance(raw, dict) else None
+        if isinstance(version, int) and version != VERSION:
+            raise _unsupported(version, where)
+        summary = msgspec.convert(raw, Summary)
+    except _UNREADABLE as e:
         _refuse(head, where, e)
     if summary.version != VERSION:
         raise _unsupported(summary.version, where)
@@ -235,7 +244,7 @@ def _refuse(data: bytes, where: str, first: Exception | None) -> NoReturn:
     """Raises with every problem that an untyped pass over ``data`` finds."""
     try:
         tree = msgspec.json.decode(data)
-    except msgspec.DecodeError as e:
+    except _UNREADABLE as e:
         msg = f"{where} is not a whole manifest ({len(data)} bytes): {e}. It was truncated or is no manifest."
         raise ManifestError(msg) from e
     summary = tree.get("summary") if isinstance(tree, dict) else None

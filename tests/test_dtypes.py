@@ -32,9 +32,7 @@ def test_torchs_dtype_is_the_inverse_of_its_name(dtype):
     assert torch_dtypes.name_of(torch_dtypes.dtype_of(dtype.name)) == dtype.name
 
 
-@pytest.mark.parametrize(
-    "dtype", [d for d in DTYPES.values() if d.numpy not in {None, "bool"}], ids=lambda d: d.name
-)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.numpy not in {None, "bool"}], ids=lambda d: d.name)
 def test_numpy_and_torch_read_the_same_numbers_from_the_same_bytes(dtype):
     data = bytes(range(16, 112))
     kind = getattr(ml_dtypes, dtype.numpy[3:]) if dtype.numpy.startswith("ml:") else dtype.numpy

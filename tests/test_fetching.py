@@ -83,7 +83,9 @@ def stored(read, objects):
     return data.reshape(*read.shape, read.itemsize)[slices(read.region)]
 
 
-OBJECTS = {k: np.random.default_rng(i).integers(0, 256, OBJECT_NBYTES, np.uint8).tobytes() for i, k in enumerate(KEYS)}
+OBJECTS = {
+    k: np.random.default_rng(i).integers(0, 256, OBJECT_NBYTES, np.uint8).tobytes() for i, k in enumerate(KEYS)
+}
 SIZES = st.integers(1, 3000)
 GAPS = st.integers(0, 200)
 

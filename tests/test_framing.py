@@ -49,8 +49,11 @@ def planned(items, frame_size=64, **limits):
     )
 
 
+SHORT = st.text(max_size=8)
+
+
 @st.composite
-def some_items(draw, least=0, keys=st.text(max_size=8)):
+def some_items(draw, least=0, keys=SHORT):
     names = draw(st.lists(keys, unique=True, min_size=least, max_size=8))
     shapes = st.lists(st.integers(0, 6), max_size=3)
     notes = st.none() | st.dictionaries(st.text(max_size=5), st.integers(0, 9) | st.text(max_size=5), max_size=3)
@@ -240,3 +243,11 @@ def test_a_part_is_cut_where_a_frame_or_an_item_ends():
         Segment(2, Range(0, 10), 2),
     ]
     assert list(segments(plan, Range(head + 110, plan.size))) == [Segment(2, Range(10, 30), 2)]
+
+
+@pytest.mark.parametrize("length", [50, 300, 1000])
+def test_a_header_of_names_that_json_spells_long_keeps_to_its_limit(length):
+    items = [item("\0" * length + str(i), notes={"kind": "bytes"}) for i in range(8)]
+    limit = 4 * (length + 1) * 12 + 1800
+    for plan in planned(items, max_header_nbytes=limit):
+        assert len(plan.items) == 1 or len(plan.header) <= limit

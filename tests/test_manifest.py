@@ -180,9 +180,7 @@ def test_the_summary_is_read_from_the_first_bytes_alone():
 
 def test_the_largest_summary_lies_within_the_first_bytes():
     most = (1 << 63) - 1
-    numbers = dict.fromkeys(
-        ("step", "nbytes", "stored_nbytes", "shard_count", "entry_count", "chunk_count"), most
-    )
+    numbers = dict.fromkeys(("step", "nbytes", "stored_nbytes", "shard_count", "entry_count", "chunk_count"), most)
     large = summary(writer="w" * 2000, is_tombstone=True, **numbers)
     data = encode(small(summary=large, metadata={"notes": "x" * 10_000}))
     assert parse_summary(data[:SUMMARY_NBYTES], WHERE) == large
@@ -288,7 +286,7 @@ def test_a_manifest_cut_off_says_so_and_how_long_it_is():
 
 
 def test_an_altered_manifest_that_still_reads_well_is_told_by_its_checksum():
-    with pytest.raises(ManifestError, match="1 problem.*\n.*crc32c") as caught:
+    with pytest.raises(ManifestError, match=r"1 problem.*\n.*crc32c") as caught:
         parse(SMALL.replace(b'"loss":0.25', b'"loss":0.75'), WHERE)
     assert not isinstance(caught.value, UnsupportedVersionError)
 
@@ -405,27 +403,41 @@ def set_chunk(field, value):
     ("change", "place", "told"),
     [
         pytest.param(set_chunk(2, 1), "entries['model.w']: chunks[1]", "shard 1 does not exist", id="shard too high"),
-        pytest.param(set_chunk(2, -1), "entries['model.w']: chunks[1]", "shard -1 does not exist", id="shard negative"),
-        pytest.param(set_chunk(4, 1001), "entries['model.w']", "not in its shard of 1000", id="bytes after the shard"),
+        pytest.param(
+            set_chunk(2, -1), "entries['model.w']: chunks[1]", "shard -1 does not exist", id="shard negative"
+        ),
+        pytest.param(
+            set_chunk(4, 1001), "entries['model.w']", "not in its shard of 1000", id="bytes after the shard"
+        ),
         pytest.param(set_chunk(3, -1), "entries['model.w']", "not in its shard of 1000", id="bytes before the shard"),
         pytest.param(set_chunk(3, 229), "entries['model.w']", "not in its shard of 1000", id="bytes that end early"),
         pytest.param(set_chunk(4, 227), "entries['model.w']", "cannot hold its 64 bytes", id="too few bytes"),
-        pytest.param(set_chunk(0, [5, 0]), "entries['model.w']", "outside the tensor's shape (8, 4)", id="rows outside"),
+        pytest.param(
+            set_chunk(0, [5, 0]), "entries['model.w']", "outside the tensor's shape (8, 4)", id="rows outside"
+        ),
         pytest.param(set_chunk(0, [-1, 0]), "entries['model.w']", "outside the tensor's shape", id="offset negative"),
         pytest.param(set_chunk(1, [-4, -4]), "entries['model.w']", "outside the tensor's shape", id="sizes negative"),
         pytest.param(set_chunk(0, [4]), "entries['model.w']", "has not the tensor's 2 axes", id="an offset too few"),
         pytest.param(set_chunk(1, [4, 4, 1]), "entries['model.w']", "the tensor's 2 axes", id="a size too many"),
         pytest.param(set_chunk(5, 4), "entries['model.w']", "more than its shard has checksums", id="frame too high"),
-        pytest.param(set_chunk(5, -1), "entries['model.w']", "more than its shard has checksums", id="frame negative"),
+        pytest.param(
+            set_chunk(5, -1), "entries['model.w']", "more than its shard has checksums", id="frame negative"
+        ),
         pytest.param(set_chunk(3, "x"), "entries['model.w']", "Expected `int`", id="a byte that is a text"),
         pytest.param(
             lambda t: t["entries"]["model.w"].__setitem__(1, "float32"), "entries['model.w']", "'float32'", id="dtype"
         ),
         pytest.param(
-            lambda t: t["entries"]["rng"].__setitem__(2, 3), "entries['rng']", "shard 3 does not exist", id="bytes shard"
+            lambda t: t["entries"]["rng"].__setitem__(2, 3),
+            "entries['rng']",
+            "shard 3 does not exist",
+            id="bytes shard",
         ),
         pytest.param(
-            lambda t: t["entries"]["rng"].__setitem__(1, 37), "entries['rng']", "cannot hold its 37", id="bytes length"
+            lambda t: t["entries"]["rng"].__setitem__(1, 37),
+            "entries['rng']",
+            "cannot hold its 37",
+            id="bytes length",
         ),
         pytest.param(
             lambda t: t["entries"].__setitem__("rng", ["file", 1]), "entries['rng']", "file", id="a kind unknown"
@@ -439,7 +451,9 @@ def set_chunk(field, value):
         pytest.param(
             lambda t: t["shards"][0].__setitem__("key", "/etc/passwd"), "shards[0]", "'/etc/passwd'", id="a path"
         ),
-        pytest.param(lambda t: t["shards"][0].__setitem__("frame_size", 0), "shards[0]", "frame_size 0", id="frame size"),
+        pytest.param(
+            lambda t: t["shards"][0].__setitem__("frame_size", 0), "shards[0]", "frame_size 0", id="frame size"
+        ),
         pytest.param(lambda t: t["shards"][0].__setitem__("size", -1), "shards[0]", "size -1", id="shard size"),
         pytest.param(
             lambda t: t["shards"][0].__setitem__("frame_checksums", "AAAAA==="), "shards[0]", "base64", id="base64"

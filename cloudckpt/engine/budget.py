@@ -22,6 +22,7 @@ class Budget:
         self._limit = limit
         self._least = max(1, limit // concurrency)
         self._free = limit
+        self._slots = concurrency
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     @property
@@ -35,7 +36,7 @@ class Budget:
         A request of more than the whole limit gets the whole limit, and runs alone.
         """
         granted = min(max(nbytes, self._least), self._limit)
-        if self._waiting or self._free < granted:
+        if self._waiting or self._free < granted or not self._slots:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiting.append((granted, turn))
             try:
@@ -43,9 +44,12 @@ class Budget:
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
                     self.give(granted)  # granted and cancelled at once
+                else:
+                    self._serve()  # those behind it may go
                 raise
         else:
             self._free -= granted
+            self._slots -= 1
         return granted
 
     def give_when_done(self, task: "asyncio.Task[object]", granted: int) -> None:
@@ -55,13 +59,18 @@ class Budget:
     def give(self, granted: int) -> None:
         """Gives back what `take` returned."""
         self._free += granted
+        self._slots += 1
+        self._serve()
+
+    def _serve(self) -> None:
         while self._waiting:
             wanted, turn = self._waiting[0]
             if turn.cancelled():
                 self._waiting.popleft()
-            elif wanted <= self._free:
+            elif self._slots and wanted <= self._free:
                 self._waiting.popleft()
                 self._free -= wanted
+                self._slots -= 1
                 turn.set_result(None)
             else:
                 return

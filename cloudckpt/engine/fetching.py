@@ -75,7 +75,7 @@ def plan_fetches(reads: Sequence[RegionRead], *, max_request_size: int, max_gap:
     """
     by_key: dict[str, list[Piece]] = {}
     for i, read in enumerate(reads):
-        size = max(max_request_size // read.frame_size, 1) * read.frame_size
+        size = max_request_size // read.frame_size * read.frame_size or max_request_size
         pieces = by_key.setdefault(read.key, [])
         pieces += _pieces(i, read, read.region, size, max_gap)
     fetches = []

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import msgspec
 
@@ -148,16 +149,15 @@ def _plan_shard(
 
 
 def _width(header: HeaderItem) -> int:
-    numel = 1
-    for n in header.shape:
-        numel *= n
+    numel = prod(header.shape)
     return header.nbytes // numel if numel else 0
 
 
 def _header_cost(item: Item) -> int:
-    name = len(item.header.name.encode()) * 6  # JSON may spell a character \u0000
-    notes = (name + len(msgspec.json.encode(item.notes)) * 2) if item.notes else 0  # quoted once more
-    return name + len(item.header.shape) * 21 + safetensors_header.PER_ITEM_NBYTES + notes
+    """An upper bound: JSON may spell a byte as an escape of six, and notes are quoted once more."""
+    name = len(item.header.name.encode())
+    notes = name * 7 + len(msgspec.json.encode(item.notes)) * 2 if item.notes else 0
+    return name * 6 + len(item.header.shape) * 21 + safetensors_header.PER_ITEM_NBYTES + notes
 
 
 def part_size_for(size: int, wanted: int) -> int:

@@ -8,6 +8,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from cloudckpt.errors import unwrap
@@ -49,7 +50,8 @@ async def _unwrapping(main: Callable[[], Coroutine[Any, Any, T]], ended: threadi
     try:
         return await main()
     except BaseExceptionGroup as group:
-        raise unwrap(group) from None
+        first = unwrap(group)
+        raise first from first.__cause__
     finally:
         ended.set()
 
@@ -60,7 +62,9 @@ async def shielded(clean_up: Callable[[], Awaitable[object]]) -> None:
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
         raise
 
 

@@ -4,15 +4,17 @@ Law: async; no torch, no S3, no environment. Memory that is received into has on
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from time import perf_counter
 from typing import Protocol
 
-from awscrt.checksums import crc32c
+from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.budget import Budget, BufferPool
-from cloudckpt.engine.fetching import Fetch, RegionRead, plan_fetches, whole_frames
+from cloudckpt.engine.fetching import Fetch, RegionRead, plan_fetches
 from cloudckpt.errors import IntegrityError, UsageError
 from cloudckpt.ranges import Range, Region
 from cloudckpt.store.protocols import Get
@@ -110,18 +112,22 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     fetches = plan_fetches(reads, max_request_size=options.max_request_size, max_gap=options.max_gap)
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
     pool = BufferPool(options.max_request_size)
+    fragments: list[_Fragment] = []
     async with asyncio.TaskGroup() as group:
         for fetch in fetches:
             granted = await budget.take(len(fetch.at))
-            task = group.create_task(_fetch(store, fetch, wanted, pool))
+            task = group.create_task(_fetch(store, fetch, wanted, pool, fragments))
             budget.give_when_done(task, granted)
+    _verify_fragments(fragments)
     stats.requests += len(fetches)
     stats.bytes_fetched += sum(len(f.at) for f in fetches)
     stats.bytes_needed += sum(r.nbytes for r in reads)
     stats.seconds += perf_counter() - began
 
 
-async def _fetch(store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool) -> None:
+async def _fetch(
+    store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: "list[_Fragment]"
+) -> None:
     scratch = pool.take(_scratch_nbytes(fetch))
     views, placing, used, position = [], [], 0, fetch.at.start
     for piece in fetch.pieces:
@@ -138,7 +144,7 @@ async def _fetch(store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: Buffe
         placing.append((wanted[piece.read], piece.at, piece.region, view))
         position = piece.at.stop
     await store.get_range(fetch.key, fetch.at, [v for v in views if len(v)])
-    await asyncio.to_thread(_verify_and_place, placing)
+    fragments += await asyncio.to_thread(_verify_and_place, placing)
     pool.give(scratch)
 
 
@@ -148,17 +154,61 @@ def _scratch_nbytes(fetch: Fetch) -> int:
     return len(fetch.at) - direct
 
 
-def _verify_and_place(placing: "list[tuple[Wanted, Range, Region | None, memoryview]]") -> None:
+@dataclass(frozen=True, slots=True)
+class _Fragment:
+    """Bytes of a frame that arrived without the rest of it; ``at`` is counted from the chunk's first byte."""
+
+    wanted: Wanted
+    frame: int
+    at: Range
+    crc32c: int
+
+
+def _verify_and_place(placing: "list[tuple[Wanted, Range, Region | None, memoryview]]") -> list[_Fragment]:
+    fragments = []
     for wanted, at, _, view in placing:
-        for frame, checksum in whole_frames(wanted.read, at):
-            here = frame.shift(-at.start)
-            if crc32c(view[here.start : here.stop]) != checksum:
-                msg = (
-                    f"{wanted.name}: bytes {frame.start} to {frame.stop} of {wanted.read.key} do not match their "
-                    "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
-                    "and if it stays so, load an earlier checkpoint"
-                )
-                raise IntegrityError(msg)
+        read = wanted.read
+        here = at.shift(-read.start)
+        for frame in range(here.start // read.frame_size, -(-here.stop // read.frame_size)):
+            whole = _frame(read, frame)
+            part = whole.intersect(here)
+            inside = part.shift(-here.start)
+            crc = crc32c(view[inside.start : inside.stop])
+            if part != whole:
+                fragments.append(_Fragment(wanted, frame, part, crc))
+            elif crc != read.checksums[frame]:
+                raise _damaged(wanted, whole)
     for wanted, _, region, view in placing:
         if region is not None:
             wanted.sink.place(region, view)
+    return fragments
+
+
+def _verify_fragments(fragments: list[_Fragment]) -> None:
+    """Checks the frames that several requests brought."""
+    frames: dict[tuple[str, int, int], list[_Fragment]] = defaultdict(list)
+    for f in fragments:
+        frames[f.wanted.read.key, f.wanted.read.start, f.frame].append(f)
+    for (_, _, frame), parts in frames.items():
+        read = parts[0].wanted.read
+        whole = _frame(read, frame)
+        crc, position = 0, whole.start
+        for f in sorted(parts, key=lambda f: f.at):
+            if f.at.start == position:
+                crc, position = combine_crc32c(crc, f.crc32c, len(f.at)), f.at.stop
+        if position == whole.stop and crc != read.checksums[frame]:
+            raise _damaged(parts[0].wanted, whole)
+
+
+def _frame(read: RegionRead, frame: int) -> Range:
+    nbytes = prod(read.shape) * read.itemsize
+    return Range(frame * read.frame_size, min((frame + 1) * read.frame_size, nbytes))
+
+
+def _damaged(wanted: Wanted, frame: Range) -> IntegrityError:
+    at = frame.shift(wanted.read.start)
+    return IntegrityError(
+        f"{wanted.name}: bytes {at.start} to {at.stop} of {wanted.read.key} do not match their "
+        "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
+        "and if it stays so, load an earlier checkpoint"
+    )

@@ -211,6 +211,9 @@ class ShardWriter:
 
     async def _remove(self, keys: Sequence[str]) -> None:
         try:
+            for key in keys:  # an upload whose creation's answer was lost is known by its key alone
+                async for upload in self._store.list_uploads(key):
+                    await self._store.abort_upload(upload)
             await self._store.delete(keys)
         except StoreError as e:
             log.warning("could not remove shards of a failed save, they stay until they are swept: %s", e)
