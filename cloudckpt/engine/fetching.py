@@ -5,6 +5,7 @@ Law: pure. Exact rows are asked for; near ranges become one request, long ones s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from cloudckpt.ranges import Range, Region, coalesce, span_of, strides_of
 
@@ -138,16 +139,7 @@ def _offset(read: RegionRead, region: Region) -> int:
     return sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
 
 
-def whole_frames(read: RegionRead, at: Range) -> Iterator[tuple[Range, int]]:
-    """The frames of the chunk that lie wholly in ``at`` (bytes of the object), with their checksums."""
-    nbytes = read.itemsize
-    for n in read.shape:
-        nbytes *= n
-    here = at.shift(-read.start)
-    first = -(-here.start // read.frame_size)
-    for frame in range(first, len(read.checksums)):
-        start = frame * read.frame_size
-        stop = min(start + read.frame_size, nbytes)
-        if stop > here.stop:
-            return
-        yield Range(start, stop).shift(read.start), read.checksums[frame]
+def frame_range(read: RegionRead, frame: int) -> Range:
+    """The bytes of the chunk's frame of that index, counted from the chunk's first byte."""
+    nbytes = prod(read.shape) * read.itemsize
+    return Range(frame * read.frame_size, min((frame + 1) * read.frame_size, nbytes))

@@ -7,14 +7,13 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from time import perf_counter
 from typing import Protocol
 
 from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.budget import Budget, BufferPool
-from cloudckpt.engine.fetching import Fetch, RegionRead, plan_fetches
+from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
 from cloudckpt.errors import IntegrityError, UsageError
 from cloudckpt.ranges import Range, Region
 from cloudckpt.store.protocols import Get
@@ -98,6 +97,16 @@ class Wanted:
     sink: Sink
 
 
+@dataclass(frozen=True, slots=True)
+class _Fragment:
+    """Bytes of a frame that arrived without the rest of it; ``at`` is counted from the chunk's first byte."""
+
+    wanted: Wanted
+    frame: int
+    at: Range
+    crc32c: int
+
+
 async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats) -> None:
     """Reads all regions into their sinks. Whole frames that arrive are verified.
 
@@ -126,7 +135,7 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
 
 
 async def _fetch(
-    store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: "list[_Fragment]"
+    store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: list[_Fragment]
 ) -> None:
     scratch = pool.take(_scratch_nbytes(fetch))
     views, placing, used, position = [], [], 0, fetch.at.start
@@ -154,23 +163,13 @@ def _scratch_nbytes(fetch: Fetch) -> int:
     return len(fetch.at) - direct
 
 
-@dataclass(frozen=True, slots=True)
-class _Fragment:
-    """Bytes of a frame that arrived without the rest of it; ``at`` is counted from the chunk's first byte."""
-
-    wanted: Wanted
-    frame: int
-    at: Range
-    crc32c: int
-
-
-def _verify_and_place(placing: "list[tuple[Wanted, Range, Region | None, memoryview]]") -> list[_Fragment]:
+def _verify_and_place(placing: list[tuple[Wanted, Range, Region | None, memoryview]]) -> list[_Fragment]:
     fragments = []
     for wanted, at, _, view in placing:
         read = wanted.read
         here = at.shift(-read.start)
         for frame in range(here.start // read.frame_size, -(-here.stop // read.frame_size)):
-            whole = _frame(read, frame)
+            whole = frame_range(read, frame)
             part = whole.intersect(here)
             inside = part.shift(-here.start)
             crc = crc32c(view[inside.start : inside.stop])
@@ -191,18 +190,13 @@ def _verify_fragments(fragments: list[_Fragment]) -> None:
         frames[f.wanted.read.key, f.wanted.read.start, f.frame].append(f)
     for (_, _, frame), parts in frames.items():
         read = parts[0].wanted.read
-        whole = _frame(read, frame)
+        whole = frame_range(read, frame)
         crc, position = 0, whole.start
         for f in sorted(parts, key=lambda f: f.at):
             if f.at.start == position:
                 crc, position = combine_crc32c(crc, f.crc32c, len(f.at)), f.at.stop
         if position == whole.stop and crc != read.checksums[frame]:
             raise _damaged(parts[0].wanted, whole)
-
-
-def _frame(read: RegionRead, frame: int) -> Range:
-    nbytes = prod(read.shape) * read.itemsize
-    return Range(frame * read.frame_size, min((frame + 1) * read.frame_size, nbytes))
 
 
 def _damaged(wanted: Wanted, frame: Range) -> IntegrityError:
