@@ -79,48 +79,58 @@ class Cloudckpt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fsspec:
-    """PyTorch's own FsspecWriter and FsspecReader over s3fs, which keep their file system between calls.
+    """PyTorch's own FsspecWriter and FsspecReader over s3fs, which keep their file systems between calls.
+
+    The settings were chosen by measuring those that s3fs documents (s3fs.readthedocs.io/en/latest/api.html,
+    filesystem-spec.readthedocs.io/en/latest/api.html#read-buffering).
+    Bodies are not hashed with SHA-256 for the signature, as ours are not. s3fs's ``max_concurrency`` is left
+    alone: an open file, which is what DCP asks s3fs for, sends its parts one after another whatever it says.
 
     Attributes:
         name: see `Contender.name`.
         modules: see `Contender.modules`.
         threads: the writer's ``thread_count``; it writes a file for each.
         addressing_style: see `S3Options`.
-        s3_config: of botocore's ``Config(s3=)``.
-        storage: further arguments for s3fs.
+        write_storage: for s3fs. Parts of 8 MiB took less CPU and a fifth of the memory of those of 50 MiB.
+        read_storage: for s3fs. Blocks of 50 MiB, the next fetched by a thread meanwhile, loaded about twice as
+            fast as the default read-ahead, and faster than smaller blocks, whole files or no cache.
     """
 
     name: str
     modules: tuple[str, ...] = ("torch", "s3fs", "fsspec", "aiobotocore", "botocore", "aiohttp")
     threads: int
     addressing_style: Any = "auto"
-    s3_config: dict[str, Any] = field(default_factory=dict)
-    storage: dict[str, Any] = field(default_factory=dict)
+    write_storage: dict[str, Any] = field(default_factory=lambda: {"default_block_size": 8 << 20})
+    read_storage: dict[str, Any] = field(default_factory=lambda: {"default_cache_type": "background"})
 
     def settings(self) -> dict[str, Any]:
         """See `Contender.settings`."""
-        return {"writer": self._writer(), "storage": self._storage()}
+        return {"writer": self._writer(), "reader": self._reader()}
 
     def save(self, state: State, url: str) -> None:
         """See `Contender.save`."""
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(state, storage_writer=FsspecWriter(url, **self._writer(), **self._storage()), no_dist=True)
+        save(state, storage_writer=FsspecWriter(url, **self._writer()), no_dist=True)
 
     def load(self, state: State, url: str) -> None:
         """See `Contender.load`."""
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(state, storage_reader=FsspecReader(url, **self._storage()), no_dist=True)
+        load(state, storage_reader=FsspecReader(url, **self._reader()), no_dist=True)
 
     def _writer(self) -> dict[str, Any]:
-        return {"thread_count": self.threads, "sync_files": False}
+        return {"thread_count": self.threads, "sync_files": False, **self._config(), **self.write_storage}
 
-    def _storage(self) -> dict[str, Any]:
-        s3 = {"addressing_style": self.addressing_style, **self.s3_config}
-        return {"config_kwargs": {"s3": s3}, **self.storage}
+    def _reader(self) -> dict[str, Any]:
+        return {**self._config(), **self.read_storage}
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "config_kwargs": {"s3": {"addressing_style": self.addressing_style, "payload_signing_enabled": False}}
+        }
 
 
 def all_contenders(addressing_style: str) -> dict[str, Contender]:

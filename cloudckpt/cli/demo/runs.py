@@ -22,7 +22,7 @@ from cloudckpt.cli.demo.events import Event, Ready, from_line
 RANKS = 2
 
 _STOP_S = 10
-_TAIL_LINES = 25
+_TAIL_LINES = 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,9 @@ class Settings:
 class Training:
     """A run of `cloudckpt.cli.demo.train` on `RANKS` ranks; a context manager that leaves no process behind."""
 
-    def __init__(self, root: str, settings: Settings, environ: Mapping[str, str], *, is_resumed: bool = False) -> None:
+    def __init__(
+        self, root: str, settings: Settings, environ: Mapping[str, str], *, is_resumed: bool = False
+    ) -> None:
         """Starts nothing yet.
 
         Args:
@@ -54,9 +56,9 @@ class Training:
         self._command = _command_line(root, settings, is_resumed=is_resumed)
         self._environ = _environ_of_ranks(environ)
         self._groups: list[int] = []
-        self._errors = tempfile.TemporaryFile()
 
     def __enter__(self) -> Self:
+        self._errors = tempfile.TemporaryFile()
         # A session of its own: Ctrl-C reaches the demo alone, which then stops the run in order.
         self._process = subprocess.Popen(  # noqa: S603 - our own module
             self._command,
@@ -73,7 +75,7 @@ class Training:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process.poll() is None:
+        if self.is_running():
             self._signal(signal.SIGCONT)
             self._process.terminate()  # torchrun stops ranks that have not told their pid yet
             with suppress(subprocess.TimeoutExpired):
@@ -100,6 +102,10 @@ class Training:
             msg = f"the training failed (exit status {self._process.returncode}):\n{self._tail()}"
             raise click.ClickException(msg)
 
+    def is_running(self) -> bool:
+        """Whether torchrun is."""
+        return self._process.poll() is None
+
     def freeze(self) -> None:
         """SIGSTOP to all processes: nothing they do changes any more."""
         self._signal(signal.SIGSTOP)
@@ -113,6 +119,7 @@ class Training:
         self._signal(signal.SIGKILL)
         with suppress(ValueError):  # stdout was read to its end before
             self._process.communicate(timeout=_STOP_S)  # its end is the death of the last process that held it
+        self._groups.clear()
 
     def _signal(self, number: signal.Signals) -> None:
         for group in self._groups:

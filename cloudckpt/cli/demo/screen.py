@@ -41,16 +41,18 @@ class Screen:
             task = bar.add_task("starting two ranks", total=total)
             yield lambda done, remark: bar.update(task, completed=done, description=remark)
 
-    def curves(self, before: Mapping[int, str], after: Mapping[int, str], killed_at: int) -> None:
-        """The loss of both runs side by side, to the last bit."""
+    def curves(
+        self, before: Mapping[int, str], dead: Mapping[int, str], resumed: Mapping[int, str], killed_at: int
+    ) -> None:
+        """The losses of the runs side by side, every bit of them."""
         table = Table(box=box.SIMPLE, pad_edge=False)
-        for name in ("step", "loss", "undisturbed", "killed and resumed", ""):
-            table.add_column(name, justify="right" if name in {"step", "loss"} else "left")
+        for name in ("step", "undisturbed", "killed", "resumed", ""):
+            table.add_column(name, justify="right" if name == "step" else "left", no_wrap=True)
         for step, bits in before.items():
-            loss = f"{float.fromhex(bits):.6f}"
-            verdict = "[green]same bits[/green]" if after.get(step) == bits else "[bold red]differs[/bold red]"
-            died = ", killed in its save" if step == killed_at else ""
-            table.add_row(str(step), loss, bits, after.get(step, "-"), verdict + died)
+            others = {run[step] for run in (dead, resumed) if step in run}
+            verdict = "[green]same bits[/green]" if others == {bits} else "[bold red]differs[/bold red]"
+            cells = [_trimmed(run[step]) if step in run else "" for run in (before, dead, resumed)]
+            table.add_row(str(step), *cells, verdict + (", then killed" if step == killed_at else ""))
         self._talk.print(table)
 
     def summary(self, rows: Sequence[tuple[str, str]]) -> None:
@@ -63,3 +65,9 @@ class Screen:
     def json(self, text: str) -> None:
         """The findings for a program to read."""
         self._data.print(text, markup=False)
+
+
+def _trimmed(bits: str) -> str:
+    """As `float.hex` spells it, less the zeros at its end: they are where a float64 is longer than a float32."""
+    mantissa, _, exponent = bits.partition("p")
+    return f"{mantissa.rstrip('0')}p{exponent}"

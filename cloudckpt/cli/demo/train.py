@@ -63,13 +63,13 @@ class Trainer:
         # One rank uploads one part at a time: a straggler, as a real cluster always has one.
         limits: dict[str, Any] = {"concurrency": 1} if dist.get_rank() else {}
         writer = ObjectStoreWriter(step_url(root, step), step=step, part_size=8 << 20, **limits)
-        dcp.save(self._state(step), storage_writer=writer)
+        dcp.save(self._state(step), storage_writer=writer)  # type: ignore[attr-defined]
 
     def load(self, root: str, step: int) -> ObjectStoreReader:
         """Loads what `save` saved, and returns the reader for its `stats`."""
         reader = ObjectStoreReader(step_url(root, step), max_request_size=64 << 20)
         state = self._state(0)
-        dcp.load(state, storage_reader=reader)
+        dcp.load(state, storage_reader=reader)  # type: ignore[attr-defined]
         if state["step"] != step:
             msg = f"the checkpoint of step {step} says it is of step {state['step']}"
             raise RuntimeError(msg)
@@ -100,11 +100,12 @@ def build(directory: str, seed: int, *, pretrained: bool) -> Trainer:
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+    auto: Any = AutoModel
     torch.manual_seed(seed)
     if pretrained:
-        model = AutoModel.from_pretrained(directory, add_pooling_layer=False)
+        model = auto.from_pretrained(directory, add_pooling_layer=False)
     else:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(directory), add_pooling_layer=False)
+        model = auto.from_config(AutoConfig.from_pretrained(directory), add_pooling_layer=False)
     model.requires_grad_(requires_grad=False)
     model.encoder.layer[-_TRAINED_LAYERS:].requires_grad_(requires_grad=True)
     model.train()

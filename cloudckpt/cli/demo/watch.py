@@ -4,6 +4,7 @@ Law: looks, and changes nothing.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cloudckpt.engine import loop
@@ -44,19 +45,25 @@ def look(url: str, store: StoreOptions) -> Sighting:
     return loop.run(once)
 
 
-def wait_for_shard(url: str, store: StoreOptions, *, timeout_s: float) -> Sighting:
-    """Lists the checkpoint at ``url`` again and again until it holds a shard, or the time is up."""
+def wait_for_shard(url: str, store: StoreOptions, *, is_running: Callable[[], bool]) -> None:
+    """Lists the checkpoint at ``url`` again and again, until it holds a shard or nobody is running to write one."""
 
-    async def watch() -> Sighting:
-        end = asyncio.get_running_loop().time() + timeout_s
+    async def watch() -> None:
         async with open_store(url, store) as opened:
-            while True:
-                seen = await _list(opened)
-                if seen.shards or asyncio.get_running_loop().time() > end:
-                    return seen
+            while not (await _list(opened)).shards and is_running():  # noqa: ASYNC110 - another process's event
                 await asyncio.sleep(_EVERY_S)
 
-    return loop.run(watch)
+    loop.run(watch)
+
+
+def is_used(root: str, store: StoreOptions) -> bool:
+    """Whether any object lies under ``root``."""
+
+    async def find() -> bool:
+        async with open_store(root, store) as opened:
+            return bool([info async for info in opened.list_objects()])
+
+    return loop.run(find)
 
 
 def unfinished_uploads(url: str, store: StoreOptions) -> int | None:
