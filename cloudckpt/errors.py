@@ -128,6 +128,10 @@ class ChecksumRefusedError(StoreError):
     """The store found that the bytes it received do not match their checksum."""
 
 
+class NotImplementedByStoreError(StoreError):
+    """The store does not know this kind of request."""
+
+
 class StoreUnavailableError(StoreError):
     """No usable answer: a timeout, a lost connection, a 5xx. The request may have been carried out."""
 

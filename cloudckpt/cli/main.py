@@ -38,15 +38,15 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line; an error of ours is one line on stderr, and exit status 1."""
+    """Runs the command line; an error of ours is told on stderr, with status 1, or 2 for misuse."""
     try:
         cli()
     except Exception as e:
-        from cloudckpt.errors import CheckpointError
+        from cloudckpt.errors import CheckpointError, UsageError
 
         if not isinstance(e, CheckpointError):
             raise
         click.echo(f"cloudckpt: {e}", err=True)
         for note in getattr(e, "__notes__", ()):
             click.echo(f"  {note}", err=True)
-        sys.exit(1)
+        sys.exit(2 if isinstance(e, UsageError) else 1)

@@ -5,8 +5,8 @@ Law: contracts only. Every implementation runs the one conformance suite in ``te
 A store is rooted at a URL and all keys are relative to it. Every method is one request to the server (a
 listing: one per page; a deletion: one per batch), is never re-sent by the store, and raises a `StoreError`
 whose class says what to do: `ObjectNotFoundError`, `BucketNotFoundError`, `CredentialsError`,
-`PermissionDeniedError`, `PreconditionFailedError`, `ChecksumRefusedError`, `StoreUnavailableError` (may be
-asked again; the request may have been carried out), or `StoreError` itself.
+`PermissionDeniedError`, `PreconditionFailedError`, `ChecksumRefusedError`, `NotImplementedByStoreError`,
+`StoreUnavailableError` (may be asked again; the request may have been carried out), or `StoreError` itself.
 
 Bodies are runs of buffers, sent in order as they lie; the caller keeps them unchanged until the call returns.
 """
@@ -135,6 +135,7 @@ class Delete(Protocol):
 
         Raises:
             PreconditionFailedError: it is another; nothing changed.
+            NotImplementedByStoreError: the store deletes without conditions only; nothing changed.
         """
         ...
 

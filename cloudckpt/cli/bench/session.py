@@ -32,7 +32,7 @@ class Results:
 
     def contenders_of(self, workload: str) -> list[str]:
         """Those that were measured with it, in the order they were asked for."""
-        return list(dict.fromkeys(f.contender for f in self.figures if f.workload == workload and f.round <= 1))
+        return list(dict.fromkeys(f.contender for f in self.figures if f.workload == workload))
 
 
 def measure(
