@@ -266,7 +266,7 @@ async def _receive(stream: Any, into: Sequence[memoryview]) -> None:
         filled = 0
         while filled < len(view):
             if not chunk:
-                chunk = memoryview(await stream.readany())
+                chunk = memoryview((await stream.readchunk())[0])  # readany would join what has arrived
                 if not chunk:
                     msg = "the connection ended inside the body"
                     raise ConnectionError(msg)

@@ -4,6 +4,7 @@ Law: no S3 here, only HTTP; whatever is not changed is aiobotocore's own.
 """
 
 import io
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ _SLICE = 256 << 10
 """Bytes handed to the transport at once. What the socket does not take of a slice, asyncio copies
 (CPython 3.11, ``_SelectorSocketTransport.write``), so slices stay small."""
 _SMALL = 64 << 10
+
+
+_contexts: dict[bool | str, ssl.SSLContext] = {}
+"""By what they verify against; shared by the sessions of the process."""
 
 
 class ViewsBody(io.RawIOBase):
@@ -105,6 +110,16 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
         # conditional PUT that had landed would then be answered 412. aiohttp's own test client uses this switch.
         session._retry_connection = False
         return session
+
+    def _build_ssl_contexts(self, proxy_url: str | None) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
+        # Reading the certificate authorities takes tens of milliseconds, for plain http too. A context that
+        # carries a client's certificate, or a proxy's, is not shared.
+        if proxy_url or self._cert_file:
+            own: tuple[ssl.SSLContext, ssl.SSLContext | None] = super()._build_ssl_contexts(proxy_url)
+            return own
+        if self._verify not in _contexts:
+            _contexts[self._verify] = super()._build_ssl_contexts(None)[0]
+        return _contexts[self._verify], None
 
     async def send(self, request: Any) -> Any:
         """Sends a prepared request; see `AIOHTTPSession.send`."""
