@@ -213,7 +213,7 @@ def test_no_more_takers_are_let_in_than_the_concurrency(limit, concurrency):
 
 
 def test_a_buffer_given_back_is_used_again():
-    pool = BufferPool(100)
+    pool = BufferPool(100, limit=1000)
     first = pool.take(60)
     first[:1] = b"x"
     pool.give(first)
@@ -222,22 +222,36 @@ def test_a_buffer_given_back_is_used_again():
 
 
 def test_a_buffer_is_at_least_as_large_as_was_asked_for():
-    pool = BufferPool(100)
+    pool = BufferPool(100, limit=1000)
     pool.give(pool.take(10))
     for nbytes in (1, 100, 101, 5000):
         assert len(pool.take(nbytes)) >= nbytes
 
 
 def test_a_buffer_larger_than_the_pools_is_not_kept():
-    pool = BufferPool(100)
+    pool = BufferPool(100, limit=1000)
     large = pool.take(101)
     pool.give(large)
     assert pool.take(50) is not large
 
 
 def test_no_bytes_need_no_buffer():
-    pool = BufferPool(100)
+    pool = BufferPool(100, limit=1000)
     empty = pool.take(0)
     assert len(empty) == 0
     pool.give(empty)
-    assert len(pool.take(50)) == 100
+    assert len(pool.take(60)) == 100
+
+
+def test_a_small_buffer_takes_no_more_than_was_asked_for():
+    pool = BufferPool(100, limit=1000)
+    assert len(pool.take(50)) == 50
+
+
+def test_a_pool_keeps_no_more_than_its_limit():
+    pool = BufferPool(100, limit=250)
+    buffers = [pool.take(100) for _ in range(4)]
+    for buffer in buffers:
+        pool.give(buffer)
+    again = [pool.take(100) for _ in range(4)]
+    assert sum(any(a is b for b in buffers) for a in again) == 2

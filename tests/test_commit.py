@@ -147,8 +147,18 @@ async def test_a_put_that_never_lands_ends_with_the_deadline():
             if method == "put":
                 raise LOST
 
-    with pytest.raises(StoreUnavailableError) as e:
+    with pytest.raises(CommitUnknownError, match="may still land"):
         await commit_ours(NoPut(fresh()), deadline_s=0.1)
+
+
+async def test_a_put_that_is_always_refused_is_not_committed():
+    class Refusing(WrappedStore):
+        async def before(self, method, key):
+            if method == "put":
+                raise PreconditionFailedError("409")
+
+    with pytest.raises(PreconditionFailedError) as e:
+        await commit_ours(Refusing(fresh()), deadline_s=0.1)
     assert "not committed" in e.value.__notes__[0]
 
 

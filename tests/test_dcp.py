@@ -597,3 +597,19 @@ def test_what_torch_saved_as_bytes_is_what_a_shard_holds(tmp_path):
     (path,) = Path(tmp_path).glob("shards/*/*.safetensors")
     with safe_open(path, "pt") as shard:
         assert torch.load(io.BytesIO(bytes(shard.get_tensor("x").numpy()))) == [1, 2]
+
+
+def test_a_writer_that_is_pointed_elsewhere_in_mid_save_commits_where_its_shards_are(url):
+    """As happens when a second async_save is begun with the same writer before the first has ended."""
+    writer = ObjectStoreWriter(url)
+
+    class Planner(DefaultSavePlanner):
+        def resolve_data(self, write_item):
+            writer.reset(f"{url}-other")
+            return super().resolve_data(write_item)
+
+    dcp.save({"a": torch.ones(4)}, storage_writer=writer, planner=Planner())
+    state = {"a": torch.zeros(4)}
+    load(state, url)
+    assert state["a"].tolist() == [1, 1, 1, 1]
+    assert keys_at(f"{url}-other") == []

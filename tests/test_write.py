@@ -413,7 +413,7 @@ def test_a_clean_up_that_fails_too_is_a_warning_and_does_not_hide_the_first_fail
     with pytest.raises(StoreError, match="complete_upload"):
         write(Refusing(MemoryStore("tests", "", Bucket())), plans_of(LARGE), [BytesSource(d) for d in data_of(LARGE)])
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warned) == 2
+    assert len(warned) == 3
     assert all("swept" in text for text in warned)
 
 
@@ -450,3 +450,20 @@ async def test_a_writer_that_failed_has_its_whole_budget_again():
     async with asyncio.timeout(30):
         shards = await writer.write(plans, sources)
     assert_written(bucket, plans, shards, data)
+
+
+def test_shards_are_removed_although_uploads_cannot_be_listed():
+    """A role without s3:ListBucketMultipartUploads."""
+
+    class NoListing(WrappedStore):
+        async def before(self, method, key):
+            if method == "list_uploads" or (method == "put" and self.failing == key):
+                raise StoreError(method)
+
+    bucket = Bucket()
+    plans = [*plans_of(SMALL), *plans_of(SMALL)]
+    store = NoListing(MemoryStore("tests", "", bucket))
+    store.failing = plans[1].key
+    with pytest.raises(StoreError, match="put"):
+        write(store, plans, [BytesSource(d) for d in data_of(SMALL)])
+    assert bucket.objects == {}

@@ -5,9 +5,11 @@ Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's pl
 
 import logging
 import os
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from secrets import token_hex
+from threading import get_ident
 from typing import Any
 
 import msgspec
@@ -31,6 +33,14 @@ from cloudckpt.options import overridden, refuse_unknown
 from cloudckpt.store.url import StoreOptions, check_url, open_store
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One save: where it goes, whatever the writer is told meanwhile, and what it replaces there."""
+
+    url: str
+    replaces: commit.Replaced | None
 
 
 class ObjectStoreWriter(StorageWriter):
@@ -76,7 +86,7 @@ class ObjectStoreWriter(StorageWriter):
         self._url = check_url(os.fspath(url)) if url is not None else None
         self._metadata = _checked(metadata or {})
         self._step = step
-        self._replaces: commit.Replaced | None = None
+        self._attempts: dict[int, _Attempt] = {}  # by thread: a save runs in one, several may be under way
 
     @property
     def checkpoint_id(self) -> str | None:
@@ -120,8 +130,9 @@ class ObjectStoreWriter(StorageWriter):
                     "one checkpoint for all ranks. Save with collectives"
                 )
                 raise UsageError(msg)
-            if is_coordinator:
-                self._replaces = loop.run(lambda: self._prepare(self._checked_url()))
+            url = self._url
+            replaces = loop.run(lambda: self._prepare(url)) if is_coordinator else None
+            self._attempts[get_ident()] = _Attempt(url, replaces)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuses what cannot be stored, by what the plan knows of it."""
@@ -151,7 +162,7 @@ class ObjectStoreWriter(StorageWriter):
                 async with open_store(url, self._store) as store:
                     return await ShardWriter(store, self._options).write(plans, sources)
 
-            url = self._checked_url()
+            url = self._attempt().url
             shards = loop.run(lambda: upload(url))
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
         future: Future[list[WriteResult]] = Future()
@@ -167,11 +178,11 @@ class ObjectStoreWriter(StorageWriter):
         with border(SaveFailedError, "the commit"):
             made = self._manifest(metadata, results)
             data = manifest.encode(made)
-            url = self._checked_url()
-            loop.run(lambda: self._commit(url, data, made.summary.save_id))
+            attempt = self._attempt()
+            loop.run(lambda: self._commit(attempt, data, made.summary.save_id))
             log.info(
                 "saved %s: %d bytes in %d shards, %d entries",
-                url,
+                attempt.url,
                 made.summary.nbytes,
                 made.summary.shard_count,
                 made.summary.entry_count,
@@ -206,16 +217,17 @@ class ObjectStoreWriter(StorageWriter):
         async with open_store(url, self._store) as store:
             return await commit.prepare(store, overwrite=self._options.overwrite)
 
-    async def _commit(self, url: str, data: bytes, save_id: str) -> None:
-        async with open_store(url, self._store) as store:
+    async def _commit(self, attempt: "_Attempt", data: bytes, save_id: str) -> None:
+        async with open_store(attempt.url, self._store) as store:
             deadline_s = self._options.commit_deadline_s
-            await commit.commit(store, data, save_id, replaces=self._replaces, deadline_s=deadline_s)
+            await commit.commit(store, data, save_id, replaces=attempt.replaces, deadline_s=deadline_s)
 
-    def _checked_url(self) -> str:
-        if self._url is None:
-            msg = "no URL to save to"
-            raise UsageError(msg)
-        return self._url
+    def _attempt(self) -> "_Attempt":
+        try:
+            return self._attempts[get_ident()]
+        except KeyError:
+            msg = "write_data or finish without set_up_storage_writer in the same thread; use dcp.save"
+            raise UsageError(msg) from None
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -79,20 +79,23 @@ class Budget:
 class BufferPool:
     """Buffers of one size, used again: touching fresh pages costs more than the copy into them."""
 
-    def __init__(self, size: int) -> None:
-        """Makes an empty pool; buffers are made when they are first needed."""
+    def __init__(self, size: int, *, limit: int) -> None:
+        """Makes an empty pool, which keeps at most ``limit`` bytes; buffers are made when they are first needed."""
         self._size = size
+        self._most = limit // size
         self._free: list[memoryview] = []
 
     def take(self, nbytes: int) -> memoryview:
         """A buffer of at least ``nbytes``, contents undefined."""
         if nbytes == 0:
             return memoryview(b"")
+        if nbytes <= self._size // 2:
+            return np.empty(nbytes, np.uint8).data  # a whole one would hold more than its taker was granted
         if nbytes <= self._size and self._free:
             return self._free.pop()
         return np.empty(max(nbytes, self._size), np.uint8).data
 
     def give(self, buffer: memoryview) -> None:
-        """Takes a buffer back; one larger than the pool's size is dropped."""
-        if len(buffer) == self._size:
+        """Takes a buffer back; one of another size than the pool's, or one too many, is dropped."""
+        if len(buffer) == self._size and len(self._free) < self._most:
             self._free.append(buffer)

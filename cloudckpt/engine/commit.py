@@ -137,11 +137,13 @@ async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replace
     """
     condition: Condition = IfMatch(replaces.etag) if replaces else IfAbsent()
     end = time.monotonic() + deadline_s
+    is_in_doubt = False
     while True:
         try:
             await store.put(MANIFEST, [memoryview(data)], condition=condition, crc32c=crc32c(data))
             break
         except _IN_DOUBT as e:
+            is_in_doubt = is_in_doubt or isinstance(e, StoreUnavailableError)
             there = await _read_back(store, end, e)
             if there is not None and parse_summary(there.data, store.url).save_id == save_id:
                 break
@@ -154,6 +156,13 @@ async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replace
                 )
                 raise CommitConflictError(msg) from e
             if time.monotonic() >= end:
+                if is_in_doubt:  # a request without an answer may still be carried out
+                    msg = (
+                        f"{store.url} is not committed now, but a manifest that was sent may still land: the store "
+                        f"gave no answer for {deadline_s:g} s ({e}). Its shards were kept; look again before you "
+                        "save to it"
+                    )
+                    raise CommitUnknownError(msg) from e
                 e.add_note(f"not committed: the store refused the manifest for {deadline_s:g} s")
                 raise
             await asyncio.sleep(random.uniform(0, _WAIT_S))  # noqa: S311 - no secret
@@ -178,10 +187,13 @@ async def _after_commit(store: Commits, data: bytes, replaces: Replaced | None) 
     """What may fail without harm: the checkpoint is there."""
     try:
         await _probe(store, data)
+    except StoreError as e:
+        log.warning("%s is committed; whether conditional writes work could not be asked: %s", store.url, e)
+    try:
         if replaces and replaces.shard_keys:
             await store.delete(replaces.shard_keys)
     except StoreError as e:
-        log.warning("%s is committed; cleaning up after it failed: %s", store.url, e)
+        log.warning("%s is committed; the shards it replaced could not be deleted: %s", store.url, e)
 
 
 async def _probe(store: Commits, data: bytes) -> None:

@@ -32,10 +32,12 @@ class Item:
     Attributes:
         header: its name, dtype and shape as the shard's header has them, and its size.
         notes: what a rebuild needs beside these; plain JSON, empty where nothing is.
+        width: bytes per element, where the header does not tell: raw bytes that stand for wider elements.
     """
 
     header: HeaderItem
     notes: dict[str, object]
+    width: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,8 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Lays items out in as few shards as their limits allow.
 
-    Items with wider elements come first, so that each begins at a multiple of its element's width.
+    Items with wider elements come first, so that each begins at a multiple of its element's width, or of the
+    header's 8 where that is less.
 
     Args:
         items: any number; none makes no shard.
@@ -101,7 +104,7 @@ def plan_shards(
         max_size: bytes a shard may have.
         max_header_nbytes: bytes a shard's header may have.
     """
-    order = sorted(range(len(items)), key=lambda i: -_width(items[i].header))
+    order = sorted(range(len(items)), key=lambda i: -max(items[i].width, _width(items[i].header)))
 
     def plan(group: list[int]) -> ShardPlan:
         token = new_token()

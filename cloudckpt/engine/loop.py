@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from cloudckpt.errors import unwrap
+from cloudckpt.threads import DaemonExecutor
 
 T = TypeVar("T")
 _CLEAN_UP_S = 30
@@ -24,6 +25,7 @@ class LoopThread:
     def __init__(self) -> None:
         """Starts the thread."""
         self._loop = asyncio.new_event_loop()
+        self._loop.set_default_executor(DaemonExecutor(min(32, (os.cpu_count() or 1) + 4)))
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloudckpt-loop", daemon=True)
         self._thread.start()
 
@@ -40,9 +42,10 @@ class LoopThread:
         future = asyncio.run_coroutine_threadsafe(_unwrapping(main, ended), self._loop)
         try:
             return future.result()
-        except KeyboardInterrupt:
-            future.cancel()
-            ended.wait(_CLEAN_UP_S)
+        except BaseException:  # also what a signal handler raises, such as SystemExit
+            if not future.done():
+                future.cancel()
+                ended.wait(_CLEAN_UP_S)
             raise
 
 

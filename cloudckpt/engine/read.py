@@ -17,6 +17,7 @@ from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetch
 from cloudckpt.errors import IntegrityError, UsageError
 from cloudckpt.ranges import Range, Region
 from cloudckpt.store.protocols import Get
+from cloudckpt.threads import in_thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     reads = [w.read for w in wanted]
     fetches = plan_fetches(reads, max_request_size=options.max_request_size, max_gap=options.max_gap)
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
-    pool = BufferPool(options.max_request_size)
+    pool = BufferPool(options.max_request_size, limit=options.max_inflight_nbytes)
     fragments: list[_Fragment] = []
     async with asyncio.TaskGroup() as group:
         for fetch in fetches:
@@ -153,7 +154,7 @@ async def _fetch(
         placing.append((wanted[piece.read], piece.at, piece.region, view))
         position = piece.at.stop
     await store.get_range(fetch.key, fetch.at, [v for v in views if len(v)])
-    fragments += await asyncio.to_thread(_verify_and_place, placing)
+    fragments += await in_thread(_verify_and_place, placing)
     pool.give(scratch)
 
 

@@ -18,6 +18,7 @@ from cloudckpt.errors import StoreError, UsageError
 from cloudckpt.manifest import Shard, pack
 from cloudckpt.ranges import Range, split
 from cloudckpt.store.protocols import Delete, Multipart, Part, Put
+from cloudckpt.threads import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class ShardWriter:
         self._store = store
         self._options = options
         self._budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
-        self._pool = BufferPool(options.part_size)
+        self._pool = BufferPool(options.part_size, limit=options.max_inflight_nbytes)
 
     async def write(self, plans: Sequence[ShardPlan], sources: Sequence[Source]) -> list[Shard]:
         """Uploads all shards, and returns what the manifest says of them.
@@ -195,7 +196,7 @@ class ShardWriter:
         of = [header if s.item == HEADER else sources[s.item] for s in cut]
         needed = sum(source.scratch_nbytes(s.at) for s, source in zip(cut, of, strict=True))
         scratch = self._pool.take(needed) if needed else memoryview(b"")
-        body, crcs = await asyncio.to_thread(_stage_and_checksum, cut, of, scratch)
+        body, crcs = await in_thread(_stage_and_checksum, cut, of, scratch)
         whole = 0
         for segment, crc in zip(cut, crcs, strict=True):
             whole = combine_crc32c(whole, crc, len(segment.at))
@@ -211,12 +212,15 @@ class ShardWriter:
 
     async def _remove(self, keys: Sequence[str]) -> None:
         try:
-            for key in keys:  # an upload whose creation's answer was lost is known by its key alone
-                async for upload in self._store.list_uploads(key):
-                    await self._store.abort_upload(upload)
             await self._store.delete(keys)
         except StoreError as e:
             log.warning("could not remove shards of a failed save, they stay until they are swept: %s", e)
+        for key in keys:  # an upload whose creation's answer was lost is known by its key alone
+            try:
+                async for upload in self._store.list_uploads(key):
+                    await self._store.abort_upload(upload)
+            except StoreError as e:
+                log.warning("could not look for uploads of a failed save, they stay until they are swept: %s", e)
 
 
 @dataclass(frozen=True, slots=True)

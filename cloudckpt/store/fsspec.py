@@ -3,7 +3,6 @@
 Law: the only file that knows fsspec. Its calls block, so each runs in a worker thread, whole.
 """
 
-import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
@@ -31,6 +30,7 @@ from cloudckpt.store.protocols import (
     Part,
     Upload,
 )
+from cloudckpt.threads import in_thread
 
 _TEMPORARY = ".cloudckpt-"
 """Begins the names of files that are not objects yet; listings leave them out."""
@@ -177,7 +177,7 @@ class LocalStore:
     async def _do(self, key: str, action: Callable[[], T]) -> T:
         """Runs a blocking action in a thread and says in our words what it failed of."""
         try:
-            return await asyncio.to_thread(action)
+            return await in_thread(action)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
             msg = f"there is no file {self.url}/{key}"
             raise ObjectNotFoundError(msg) from e
@@ -243,17 +243,26 @@ class LocalStore:
             os.link(temporary, path)
         else:
             os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path), os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync_folders(os.path.dirname(path), os.path.dirname(self._root))
         return etag
 
 
 def _write(f: IO[Any], body: Body) -> None:
     for view in body:
         f.write(view)
+
+
+def _sync_folders(folder: str, top: str) -> None:
+    """Makes a file's name durable, and those of the folders above it, which may be as new as it is."""
+    while True:
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+        if folder in {top, os.path.dirname(folder)}:
+            return
+        folder = os.path.dirname(folder)
 
 
 def _unlink(path: str) -> None:
