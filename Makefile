@@ -31,7 +31,7 @@ bench: $(READY) ## save and load beside PyTorch's own, on a SeaweedFS of its own
 	PYTHON=$(BIN)/python localstack/seaweedfs.sh install
 	localstack/seaweedfs.sh start $(BENCH_DIR) $(BENCH_PORT)
 	AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT) AWS_ACCESS_KEY_ID=testing AWS_SECRET_ACCESS_KEY=testingsecret \
-	AWS_REGION=us-east-1 $(BIN)/cloudckpt bench s3://bench/run --create-bucket --rounds $(ROUNDS) --size $(SIZE); \
+	AWS_REGION=us-east-1 $(BIN)/cloudckpt bench s3://bench/run --create-bucket --rounds $(ROUNDS) --size $(SIZE) $(BENCH); \
 	status=$$?; localstack/seaweedfs.sh stop $(BENCH_DIR); rm -rf $(BENCH_DIR); exit $$status
 
 servers: $(READY)
