@@ -19,9 +19,8 @@ from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
 from cloudckpt.engine.regions import Locator, MemorySink
 from cloudckpt.errors import DtypeMismatchError, ManifestError, MissingKeyError, ShapeMismatchError
 from cloudckpt.manifest import BytesEntry, Manifest, Summary, TensorEntry, ValueEntry
-from cloudckpt.options import overridden, refuse_unknown
 from cloudckpt.ranges import Region, strides_of
-from cloudckpt.store.url import StoreOptions, check_url, open_store
+from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
 Index = int | slice | EllipsisType
 
@@ -46,11 +45,8 @@ def open(  # noqa: A001 - as `zarr.open`, `xarray.open_dataset`
         ManifestError: its manifest is not sound.
         StoreError: the store refused.
     """
-    store = store or StoreOptions()
-    options = overridden(options or ReadOptions(), overrides)
-    s3, retry = overridden(store.s3, overrides), overridden(store.retry, overrides)
-    refuse_unknown(overrides, options, s3, retry)
-    return Checkpoint(check_url(os.fspath(url)), options, StoreOptions(s3=s3, retry=retry))
+    reading, reaching = with_overrides(options or ReadOptions(), store, overrides)
+    return Checkpoint(check_url(os.fspath(url)), reading, reaching)
 
 
 class Checkpoint(Mapping[str, "Array | bytes | Any"]):

@@ -41,9 +41,8 @@ from cloudckpt.errors import (
     UsageError,
 )
 from cloudckpt.manifest import BytesEntry, Chunk, Manifest, TensorEntry, ValueEntry, parse
-from cloudckpt.options import overridden, refuse_unknown
 from cloudckpt.ranges import Region
-from cloudckpt.store.url import StoreOptions, check_url, open_store
+from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +83,7 @@ class ObjectStoreReader(StorageReader):
             UsageError: an unknown or impossible option, a URL no store serves.
         """
         super().__init__()
-        store = store or StoreOptions()
-        self._options = overridden(options or ReadOptions(), overrides)
-        s3, retry = overridden(store.s3, overrides), overridden(store.retry, overrides)
-        self._store = StoreOptions(s3=s3, retry=retry)
-        refuse_unknown(overrides, self._options, s3, retry)
+        self._options, self._store = with_overrides(options or ReadOptions(), store, overrides)
         self._url = check_url(os.fspath(url)) if url is not None else None
         self._group = process_group
         self._manifest: Manifest | None = None

@@ -29,8 +29,7 @@ from cloudckpt.engine.framing import plan_shards
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.manifest import Manifest, Shard, Summary
-from cloudckpt.options import overridden, refuse_unknown
-from cloudckpt.store.url import StoreOptions, check_url, open_store
+from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +77,7 @@ class ObjectStoreWriter(StorageWriter):
             UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell.
         """
         super().__init__()
-        store = store or StoreOptions()
-        self._options = overridden(options or WriteOptions(), overrides)
-        s3, retry = overridden(store.s3, overrides), overridden(store.retry, overrides)
-        self._store = StoreOptions(s3=s3, retry=retry)
-        refuse_unknown(overrides, self._options, s3, retry)
+        self._options, self._store = with_overrides(options or WriteOptions(), store, overrides)
         self._url = check_url(os.fspath(url)) if url is not None else None
         self._metadata = _checked(metadata or {})
         self._step = step

@@ -6,13 +6,16 @@ Law: the only place that knows which store serves which scheme; imports a store'
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from cloudckpt.errors import UnsupportedUrlError
+from cloudckpt.options import overridden, refuse_unknown
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.retry import RetryingStore, RetryOptions
 from cloudckpt.store.s3_options import S3Options
 
+T = TypeVar("T")
 SCHEMES = ("s3", "file", "memory")
 
 
@@ -22,6 +25,24 @@ class StoreOptions:
 
     s3: S3Options = field(default_factory=S3Options)
     retry: RetryOptions = field(default_factory=RetryOptions)
+
+
+def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, Any]) -> tuple[T, StoreOptions]:
+    """Applies keyword arguments to the options whose fields they name.
+
+    Args:
+        options: of reading or writing.
+        store: how to reach the store.
+        overrides: fields of ``options``, `S3Options` or `RetryOptions`, by name; emptied.
+
+    Raises:
+        UsageError: one that is no field of any.
+    """
+    store = store or StoreOptions()
+    options = overridden(options, overrides)
+    store = StoreOptions(s3=overridden(store.s3, overrides), retry=overridden(store.retry, overrides))
+    refuse_unknown(overrides, options, store.s3, store.retry)
+    return options, store
 
 
 def check_url(url: str) -> str:
