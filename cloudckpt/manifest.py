@@ -146,13 +146,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     entries: dict[str, TensorEntry | BytesEntry | ValueEntry]
 
 
-class _Head(msgspec.Struct, frozen=True):
-    summary: Summary
-
-
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Manifest)
-_head_decoder = msgspec.json.Decoder(_Head)
 
 
 def pack(numbers: Iterable[int]) -> str:
