@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cloudckpt.engine import loop
 from cloudckpt.engine.framing import MIN_PART_SIZE, Item, plan_shards
-from cloudckpt.engine.write import BytesSource, ShardWriter, WriteOptions
+from cloudckpt.engine.sources import BytesSource
+from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import CredentialsError, StoreError, StoreUnavailableError, UsageError
 from cloudckpt.layout import is_shard_key, shard_key
 from cloudckpt.manifest import unpack
@@ -63,7 +64,7 @@ class CopiedSource:
 
 def write(store, plans, sources, options=OPTIONS):
     """Writes as a save does: on the process's loop."""
-    return loop.run(lambda: ShardWriter(store, options).write(plans, sources))
+    return [w.shard for w in loop.run(lambda: ShardWriter(store, options).write(plans, sources))]
 
 
 def expected_of(plan, data):
@@ -136,7 +137,8 @@ def test_one_writer_writes_again():
     async def twice():
         writer = ShardWriter(MemoryStore("tests", "", bucket), OPTIONS)
         sources = [CopiedSource(d) for d in data]
-        return [*await writer.write(plans, sources), *await writer.write(more, sources)]
+        written = [*await writer.write(plans, sources), *await writer.write(more, sources)]
+        return [w.shard for w in written]
 
     assert_written(bucket, [*plans, *more], loop.run(twice), data)
 
@@ -448,7 +450,7 @@ async def test_a_writer_that_failed_has_its_whole_budget_again():
         await writer.write(plans_of(LARGE, tokens=tokens), sources)
     plans = plans_of(LARGE, tokens=tokens)
     async with asyncio.timeout(30):
-        shards = await writer.write(plans, sources)
+        shards = [w.shard for w in await writer.write(plans, sources)]
     assert_written(bucket, plans, shards, data)
 
 

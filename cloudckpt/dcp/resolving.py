@@ -14,7 +14,7 @@ from cloudckpt.dcp.results import WrittenItem
 from cloudckpt.dcp.tensors import TensorSource, storable
 from cloudckpt.dtypes import DTYPES, RAW
 from cloudckpt.engine.framing import Item
-from cloudckpt.engine.write import BytesSource, Source
+from cloudckpt.engine.sources import BytesSource, Source
 from cloudckpt.errors import SaveFailedError, UnstorableError
 from cloudckpt.safetensors_header import HeaderItem
 

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.dcp.dtypes import name_of
 from cloudckpt.engine.framing import ShardPlan
+from cloudckpt.engine.upload import Written
 from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.manifest import BytesEntry, Chunk, Entry, PlannerPath, Shard, TensorEntry
 
@@ -35,11 +36,11 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Packed)
 
 
-def pack(plan: ShardPlan, shard: Shard, items: list[WrittenItem]) -> WriteResult:
+def pack(plan: ShardPlan, written: Written, items: list[WrittenItem]) -> WriteResult:
     """One shard as one result; ``items`` are the rank's, as they were planned."""
     mine = tuple(items[i] for i in plan.items)
-    packed = _encoder.encode(_Packed(shard, mine, plan.starts, plan.frames))
-    return WriteResult(index=MetadataIndex(shard.key), size_in_bytes=shard.size, storage_data=packed)
+    packed = _encoder.encode(_Packed(written.shard, mine, written.starts, plan.frames))
+    return WriteResult(index=MetadataIndex(plan.key), size_in_bytes=written.shard.size, storage_data=packed)
 
 
 def assemble(metadata: Metadata, results: list[list[WriteResult]]) -> tuple[tuple[Shard, ...], dict[str, Entry]]:

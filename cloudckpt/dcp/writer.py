@@ -26,9 +26,10 @@ from cloudckpt.dcp.resolving import refuse_unstorable, resolve
 from cloudckpt.dcp.results import assemble, pack, planner_paths
 from cloudckpt.engine import commit, loop
 from cloudckpt.engine.framing import plan_shards
+from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
-from cloudckpt.manifest import Manifest, Shard, Summary
+from cloudckpt.manifest import Manifest, Summary
 from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ class ObjectStoreWriter(StorageWriter):
                 key_of=lambda token: layout.shard_key(token, layout.SAFETENSORS),
             )
 
-            async def upload(url: str) -> list[Shard]:
+            async def upload(url: str) -> list[Written]:
                 async with open_store(url, self._store) as store:
                     return await ShardWriter(store, self._options).write(plans, sources)
 

@@ -23,7 +23,7 @@ class Budget:
         self._least = max(1, limit // concurrency)
         self._free = limit
         self._slots = concurrency
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self._waiting: deque[tuple[int, int, asyncio.Future[None]]] = deque()
 
     @property
     def is_whole(self) -> bool:
@@ -36,21 +36,12 @@ class Budget:
         A request of more than the whole limit gets the whole limit, and runs alone.
         """
         granted = min(max(nbytes, self._least), self._limit)
-        if self._waiting or self._free < granted or not self._slots:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((granted, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self.give(granted)  # granted and cancelled at once
-                else:
-                    self._serve()  # those behind it may go
-                raise
-        else:
-            self._free -= granted
-            self._slots -= 1
+        await self._acquire(granted, slots=1)
         return granted
+
+    async def hold(self, nbytes: int) -> None:
+        """Waits for just ``nbytes``, at most the limit, without counting as a taker: `release` them in any portions."""
+        await self._acquire(nbytes, slots=0)
 
     def give_when_done(self, task: "asyncio.Task[object]", granted: int) -> None:
         """Gives back what `take` returned when ``task`` is done, also if it is cancelled before its first step."""
@@ -58,19 +49,39 @@ class Budget:
 
     def give(self, granted: int) -> None:
         """Gives back what `take` returned."""
-        self._free += granted
         self._slots += 1
+        self.release(granted)
+
+    def release(self, nbytes: int) -> None:
+        """Gives back bytes that were held."""
+        self._free += nbytes
         self._serve()
+
+    async def _acquire(self, nbytes: int, *, slots: int) -> None:
+        if not self._waiting and self._free >= nbytes and self._slots >= slots:
+            self._free -= nbytes
+            self._slots -= slots
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((nbytes, slots, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # granted and cancelled at once
+                self._slots += slots
+                self._free += nbytes
+            self._serve()  # those behind it may go
+            raise
 
     def _serve(self) -> None:
         while self._waiting:
-            wanted, turn = self._waiting[0]
+            nbytes, slots, turn = self._waiting[0]
             if turn.cancelled():
                 self._waiting.popleft()
-            elif self._slots and wanted <= self._free:
+            elif self._slots >= slots and nbytes <= self._free:
                 self._waiting.popleft()
-                self._free -= wanted
-                self._slots -= 1
+                self._free -= nbytes
+                self._slots -= slots
                 turn.set_result(None)
             else:
                 return

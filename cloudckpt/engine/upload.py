@@ -1,0 +1,67 @@
+"""What the shards of one rank share on their way up, and the end of an upload that failed.
+
+Law: an upload is completed or it is aborted.
+"""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from cloudckpt.engine.budget import Budget, BufferPool
+from cloudckpt.engine.loop import shielded
+from cloudckpt.errors import StoreError
+from cloudckpt.manifest import Shard
+from cloudckpt.store.protocols import Delete, Multipart, Put, Upload
+
+log = logging.getLogger(__name__)
+
+
+class Uploads(Put, Multipart, Delete, Protocol):
+    """What writing asks of a store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What the shards of one rank share.
+
+    Attributes:
+        pool: of scratch for staging, in buffers of a part's size.
+        part_size: bytes of a part, but for objects that would have too many.
+    """
+
+    store: Uploads
+    budget: Budget
+    pool: BufferPool
+    part_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A shard that is up.
+
+    Attributes:
+        shard: what the manifest says of it.
+        starts: the first byte of each of its items in the object, and at last the object's size.
+    """
+
+    shard: Shard
+    starts: tuple[int, ...]
+
+
+@asynccontextmanager
+async def aborting(store: Uploads, upload: Upload) -> AsyncIterator[None]:
+    """Aborts the upload if what runs in this context fails."""
+    try:
+        yield
+    except BaseException:
+        await shielded(lambda: _quietly_abort(store, upload))
+        raise
+
+
+async def _quietly_abort(store: Uploads, upload: Upload) -> None:
+    try:
+        await store.abort_upload(upload)
+    except StoreError as e:
+        log.warning("could not abort a multipart upload, its parts stay until they are swept: %s", e)
