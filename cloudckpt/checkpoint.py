@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         self._options = options
         self._store = store
         self._manifest = loop.run(self._read_manifest)
-        self._locator = Locator(self._manifest)
+        self._locator = Locator(self._manifest, options)
 
     @property
     def summary(self) -> Summary:
@@ -107,7 +107,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
 
     def _read_bytes(self, key: str, entry: BytesEntry) -> bytes:
         sink = MemorySink(entry.nbytes)
-        self._read([Wanted(repr(key), self._locator.read_bytes(entry), sink)])
+        self._read([Wanted(repr(key), self._locator.read_bytes(key, entry), sink)])
         return bytes(sink.memory)
 
     def _read(self, wanted: list[Wanted]) -> None:
@@ -190,7 +190,8 @@ class Array:
                 inside = common.relative_to(chunk.offsets)
                 sink = _ArraySink(target, chunk.sizes, inside)
                 is_direct = sink.memory is not None
-                read = self._checkpoint._locator.read_chunk(self._entry, chunk, inside, is_direct=is_direct)
+                locator = self._checkpoint._locator
+                read = locator.read_chunk(self._key, self._entry, chunk, inside, is_direct=is_direct)
                 wanted.append(Wanted(repr(self._key), read, sink))
         if sum(w.read.region.numel for w in wanted) != region.numel:
             msg = f"the chunks of {self._key!r} do not cover what was asked for exactly once"

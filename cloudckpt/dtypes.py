@@ -27,6 +27,12 @@ class Dtype:
     numpy: str | None
     is_safetensors: bool = True
 
+    @property
+    def number_size(self) -> int:
+        """Bytes of each number in an element: a complex one has two."""
+        is_complex = self.name == "C64" or self.name.startswith("complex")
+        return self.itemsize // 2 if is_complex else self.itemsize
+
 
 DTYPES = {
     d.name: d

@@ -86,6 +86,21 @@ class UnsafePickleError(CheckpointError):
     """A bytes item whose unpickling would load a class or function that torch does not hold safe."""
 
 
+# What extensions ask for.
+
+
+class UnknownExtensionError(CheckpointError, ValueError):
+    """No extension of that name and version is registered."""
+
+
+class MissingLibraryError(CheckpointError, ImportError):
+    """An extension needs a library that is not installed; the message says which."""
+
+
+class EncryptionKeyError(CheckpointError, ValueError):
+    """A key is missing, or is not the one that was encrypted with. Never shows a key."""
+
+
 # What a save or a load ran into.
 
 

@@ -39,6 +39,11 @@ def is_shard_key(key: str) -> bool:
     return _SHARD_KEY.fullmatch(key) is not None
 
 
+def token_of(key: str) -> str:
+    """The token in a shard's key."""
+    return key[key.rindex("/") + 1 : key.rindex(".")]
+
+
 def step_name(step: int) -> str:
     """The name of a step's checkpoint under its root."""
     return f"step-{step}"

@@ -71,6 +71,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
         frame_size: plain bytes per frame; each item's last frame may be shorter.
         frame_checksums: the CRC32C of each frame as stored, packed (see `pack`).
         frame_sizes: the stored bytes of each frame, packed; empty for a plain shard, where stored is plain.
+        extension_params: for each extension, what it must be told again of this shard; anyone can read it.
     """
 
     key: str
@@ -80,6 +81,7 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
     frame_checksums: str
     extensions: tuple[str, ...] = ()
     frame_sizes: str = ""
+    extension_params: tuple[dict[str, str], ...] = ()
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -160,6 +162,17 @@ def unpack(text: str) -> Sequence[int]:
     numbers = array("I")
     numbers.frombytes(b64decode(text))
     return _little_endian(numbers)
+
+
+def plain_nbytes(entries: dict[str, Entry]) -> int:
+    """Bytes of all items as the user knows them."""
+    total = 0
+    for entry in entries.values():
+        if isinstance(entry, TensorEntry):
+            total += DTYPES[entry.dtype].itemsize * sum(prod(chunk.sizes) for chunk in entry.chunks)
+        elif isinstance(entry, BytesEntry):
+            total += entry.nbytes
+    return total
 
 
 def _little_endian(numbers: "array[int]") -> "array[int]":

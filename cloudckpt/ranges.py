@@ -109,3 +109,35 @@ def span_of(region: Region, shape: Sequence[int], itemsize: int) -> Range:
     start = sum(o * s for o, s in zip(region.offsets, strides, strict=True))
     last = sum((n - 1) * s for n, s in zip(region.sizes, strides, strict=True))
     return Range(start, start + last + itemsize)
+
+
+def rectangles(run: Range, shape: Sequence[int]) -> Iterator[Region]:
+    """The rectangles that a run of elements makes up, in order.
+
+    Args:
+        run: of elements, as they lie in a row-major array.
+        shape: of the array, without empty axes.
+    """
+    if not len(run):
+        return
+    if not shape:
+        yield Region((), ())
+        return
+    row = prod(shape[1:])
+    first, last = -(-run.start // row), run.stop // row
+    if first > last:  # all within one row
+        yield from _within_row(last, run, shape)
+        return
+    if run.start < first * row:
+        yield from _within_row(first - 1, Range(run.start, first * row), shape)
+    if first < last:
+        inner = tuple(shape[1:])
+        yield Region((first, *(0 for _ in inner)), (last - first, *inner))
+    if last * row < run.stop:
+        yield from _within_row(last, Range(last * row, run.stop), shape)
+
+
+def _within_row(row: int, run: Range, shape: Sequence[int]) -> Iterator[Region]:
+    inner = shape[1:]
+    for region in rectangles(run.shift(-row * prod(inner)), inner):
+        yield Region((row, *region.offsets), (1, *region.sizes))

@@ -64,7 +64,7 @@ class CopiedSource:
 
 def write(store, plans, sources, options=OPTIONS):
     """Writes as a save does: on the process's loop."""
-    return [w.shard for w in loop.run(lambda: ShardWriter(store, options).write(plans, sources))]
+    return [w.shard for w in loop.run(lambda: ShardWriter(store, options).write(plans, [], sources))]
 
 
 def expected_of(plan, data):
@@ -137,7 +137,7 @@ def test_one_writer_writes_again():
     async def twice():
         writer = ShardWriter(MemoryStore("tests", "", bucket), OPTIONS)
         sources = [CopiedSource(d) for d in data]
-        written = [*await writer.write(plans, sources), *await writer.write(more, sources)]
+        written = [*await writer.write(plans, [], sources), *await writer.write(more, [], sources)]
         return [w.shard for w in written]
 
     assert_written(bucket, [*plans, *more], loop.run(twice), data)
@@ -368,7 +368,7 @@ def test_the_first_failure_is_raised_and_the_others_are_its_notes():
         nonlocal everyone
         everyone = asyncio.Event()
         store = Refusing(MemoryStore("tests", "", bucket))
-        await ShardWriter(store, OPTIONS).write(plans_of(LARGE), [BytesSource(d) for d in data_of(LARGE)])
+        await ShardWriter(store, OPTIONS).write(plans_of(LARGE), [], [BytesSource(d) for d in data_of(LARGE)])
 
     everyone, arrived, bucket = None, [], Bucket()
     failures = [StoreError("one"), StoreError("two"), StoreError("three")]
@@ -430,7 +430,7 @@ async def test_a_write_that_is_cancelled_leaves_nothing():
     writer = ShardWriter(Stuck(MemoryStore("tests", "", bucket)), OPTIONS)
     plans = plans_of([7 * MIB, 900], max_size=7 * MIB + 1100)
     assert len(plans) == 2
-    task = asyncio.ensure_future(writer.write(plans, [BytesSource(d) for d in data_of([7 * MIB, 900])]))
+    task = asyncio.ensure_future(writer.write(plans, [], [BytesSource(d) for d in data_of([7 * MIB, 900])]))
     await stuck.wait()
     assert len(bucket.uploads) == 1
     task.cancel()
@@ -447,10 +447,10 @@ async def test_a_writer_that_failed_has_its_whole_budget_again():
     writer, tokens = ShardWriter(failing, tight), count()
     sources = [CopiedSource(d) for d in data]
     with pytest.raises(ExceptionGroup):
-        await writer.write(plans_of(LARGE, tokens=tokens), sources)
+        await writer.write(plans_of(LARGE, tokens=tokens), [], sources)
     plans = plans_of(LARGE, tokens=tokens)
     async with asyncio.timeout(30):
-        shards = [w.shard for w in await writer.write(plans, sources)]
+        shards = [w.shard for w in await writer.write(plans, [], sources)]
     assert_written(bucket, plans, shards, data)
 
 

@@ -160,7 +160,7 @@ class ObjectStoreReader(StorageReader):
             if self._manifest is None or self._url is None:
                 msg = "read_data without read_metadata; use dcp.load"
                 raise UsageError(msg)
-            locator = Locator(self._manifest)
+            locator = Locator(self._manifest, self._options)
             tensors = [
                 _TensorItem.of(item, planner, locator, self._options)
                 for item in plan.items
@@ -244,7 +244,7 @@ class _TensorItem:
             msg = f"{key!r} is stored as {stored}, the destination is {resolved.dtype}, and cast=False"
             raise DtypeMismatchError(msg)
         sink = TensorSink(resolved, stored, chunk.sizes, region)
-        read = locator.read_chunk(entry, chunk, region, is_direct=sink.memory is not None)
+        read = locator.read_chunk(key, entry, chunk, region, is_direct=sink.memory is not None)
         return cls(item, resolved, Wanted(repr(key), read, sink) if region.numel else None)
 
     def commit(self, planner: LoadPlanner) -> None:
@@ -265,7 +265,7 @@ class _BytesItem:
         match entry:
             case BytesEntry():
                 sink = MemorySink(entry.nbytes)
-                return cls(item, sink.memory, Wanted(repr(key), locator.read_bytes(entry), sink))
+                return cls(item, sink.memory, Wanted(repr(key), locator.read_bytes(key, entry), sink))
             case ValueEntry():
                 saved = io.BytesIO()
                 torch.save(entry.value, saved)

@@ -56,7 +56,8 @@ def resolve(plan: SavePlan, planner: SavePlanner) -> tuple[list[WrittenItem], li
             tensor = storable(_checked_tensor(item, resolved), repr(key))
             one, header, more = _describe(item, tensor)
             written.append(one)
-            items.append(Item(header=header, notes={**more, **notes}, width=tensor.itemsize))
+            number_size = DTYPES[one.dtype].number_size
+            items.append(Item(header=header, notes={**more, **notes}, width=tensor.itemsize, number_size=number_size))
             sources.append(TensorSource(tensor))
     names = [i.header.name for i in items]
     if len(set(names)) != len(names):

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.storage import WriteResult
 
 from cloudckpt.dcp.dtypes import name_of
-from cloudckpt.engine.framing import ShardPlan
+from cloudckpt.engine.framing import AnyPlan
 from cloudckpt.engine.upload import Written
 from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.manifest import BytesEntry, Chunk, Entry, PlannerPath, Shard, TensorEntry
@@ -36,7 +36,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Packed)
 
 
-def pack(plan: ShardPlan, written: Written, items: list[WrittenItem]) -> WriteResult:
+def pack(plan: AnyPlan, written: Written, items: list[WrittenItem]) -> WriteResult:
     """One shard as one result; ``items`` are the rank's, as they were planned."""
     mine = tuple(items[i] for i in plan.items)
     packed = _encoder.encode(_Packed(written.shard, mine, written.starts, plan.frames))

@@ -25,10 +25,11 @@ from cloudckpt.dcp.border import border
 from cloudckpt.dcp.resolving import refuse_unstorable, resolve
 from cloudckpt.dcp.results import assemble, pack, planner_paths
 from cloudckpt.engine import commit, loop
-from cloudckpt.engine.framing import plan_shards
+from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
 from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
+from cloudckpt.extensions.chain import Rules
 from cloudckpt.manifest import Manifest, Summary
 from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
@@ -80,6 +81,7 @@ class ObjectStoreWriter(StorageWriter):
         super().__init__()
         self._options, self._store = with_overrides(options or WriteOptions(), store, overrides)
         self._url = check_url(os.fspath(url)) if url is not None else None
+        self._rules = Rules(self._options.extensions)
         self._metadata = _checked(metadata or {})
         self._step = step
         self._attempts: dict[int, _Attempt] = {}  # by thread: a save runs in one, several may be under way
@@ -146,17 +148,11 @@ class ObjectStoreWriter(StorageWriter):
         with border(SaveFailedError, "the save"):
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             written, items, sources = resolve(plan, planner)
-            plans = plan_shards(
-                items,
-                rank=rank,
-                frame_size=self._options.frame_size,
-                new_token=lambda: token_hex(16),
-                key_of=lambda token: layout.shard_key(token, layout.SAFETENSORS),
-            )
+            plans = self._plan(items, [w.key for w in written], rank)
 
             async def upload(url: str) -> list[Written]:
                 async with open_store(url, self._store) as store:
-                    return await ShardWriter(store, self._options).write(plans, sources)
+                    return await ShardWriter(store, self._options).write(plans, items, sources)
 
             url = self._attempt().url
             shards = loop.run(lambda: upload(url))
@@ -184,11 +180,34 @@ class ObjectStoreWriter(StorageWriter):
                 made.summary.entry_count,
             )
 
+    def _plan(self, items: list[Item], keys: list[str], rank: int) -> list[AnyPlan]:
+        """The rank's shards: for each chain of extensions its own."""
+        options = self._options
+        plans: list[AnyPlan] = []
+        for chain, chosen in self._rules.group(keys):
+            if chain.extensions:
+                plans += plan_frames(
+                    items,
+                    chosen,
+                    chain,
+                    frame_size=options.frame_size,
+                    new_key=lambda: layout.shard_key(token_hex(16), layout.FRAMES),
+                    max_size=MAX_PARTS * options.part_size // 2,
+                )
+            else:
+                plans += plan_shards(
+                    items,
+                    chosen,
+                    rank=rank,
+                    frame_size=options.frame_size,
+                    new_token=lambda: token_hex(16),
+                    key_of=lambda token: layout.shard_key(token, layout.SAFETENSORS),
+                )
+        return plans
+
     def _manifest(self, metadata: Metadata, results: list[list[WriteResult]]) -> Manifest:
         shards, entries = assemble(metadata, results)
         chunks = [c for e in entries.values() if isinstance(e, manifest.TensorEntry) for c in e.chunks]
-        nbytes = sum(c.stop - c.start for c in chunks)
-        nbytes += sum(e.nbytes for e in entries.values() if isinstance(e, manifest.BytesEntry))
         return Manifest(
             summary=Summary(
                 format=manifest.FORMAT,
@@ -197,7 +216,7 @@ class ObjectStoreWriter(StorageWriter):
                 created=datetime.now(UTC),
                 writer=f"cloudckpt {version('cloudckpt')}, torch {torch.__version__}",
                 step=self._step,
-                nbytes=nbytes,
+                nbytes=manifest.plain_nbytes(entries),
                 stored_nbytes=sum(s.size for s in shards),
                 shard_count=len(shards),
                 entry_count=len(entries),

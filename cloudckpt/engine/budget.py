@@ -40,7 +40,7 @@ class Budget:
         return granted
 
     async def hold(self, nbytes: int) -> None:
-        """Waits for just ``nbytes``, at most the limit, without counting as a taker: `release` them in any portions."""
+        """Waits for just ``nbytes``, at most the limit, and is no taker: `release` them in any portions."""
         await self._acquire(nbytes, slots=0)
 
     def give_when_done(self, task: "asyncio.Task[object]", granted: int) -> None:

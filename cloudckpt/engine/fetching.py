@@ -7,7 +7,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
+from cloudckpt.extensions.chain import ShardChain
 from cloudckpt.ranges import Range, Region, coalesce, span_of, strides_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredFrames:
+    """The transformed frames of one chunk.
+
+    Attributes:
+        chain: what restores them.
+        token: the shard's.
+        item: the chunk's name in the shard.
+        number_size: bytes of each number in it.
+        first: the number of its first frame among the shard's.
+        starts: the first byte of each frame in the object, and one past the last of the last.
+    """
+
+    chain: ShardChain
+    token: str
+    item: str
+    number_size: int
+    first: int
+    starts: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +45,7 @@ class RegionRead:
         frame_size: bytes per frame of the shard.
         checksums: CRC32C of each of the chunk's frames.
         is_direct: whether the destination is contiguous memory that a row-major run can be received into.
+        stored: where the chunk's frames lie, if they were transformed.
     """
 
     key: str
@@ -33,6 +56,7 @@ class RegionRead:
     frame_size: int
     checksums: Sequence[int]
     is_direct: bool
+    stored: StoredFrames | None = None
 
     @property
     def nbytes(self) -> int:
@@ -100,14 +124,14 @@ def _pieces(i: int, read: RegionRead, region: Region, size: int, max_gap: int) -
         yield _placed(i, read, region, span)
         return
     stride = strides_of(read.shape, read.itemsize)[axis]
-    one = _rows(region, axis, 0, 1)
+    one = rows_of(region, axis, 0, 1)
     gap = stride - len(span_of(one, read.shape, read.itemsize))
     if gap <= max_gap and len(span) <= size:
         yield _placed(i, read, region, span)
         return
     rows = max(1, size // stride) if gap <= max_gap else 1
     for row in range(0, region.sizes[axis], rows):
-        part = _rows(region, axis, row, min(rows, region.sizes[axis] - row))
+        part = rows_of(region, axis, row, min(rows, region.sizes[axis] - row))
         yield from _pieces(i, read, part, size, max_gap)
 
 
@@ -125,7 +149,8 @@ def _placed(i: int, read: RegionRead, region: Region, span: Range) -> Piece:
     return Piece(i, span.shift(read.start), None, region)
 
 
-def _rows(region: Region, axis: int, first: int, count: int) -> Region:
+def rows_of(region: Region, axis: int, first: int, count: int) -> Region:
+    """Some of a region's indices along an axis, counted from its own first."""
     offsets, sizes = list(region.offsets), list(region.sizes)
     offsets[axis] += first
     sizes[axis] = count

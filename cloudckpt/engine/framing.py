@@ -12,7 +12,11 @@ from math import prod
 import msgspec
 
 from cloudckpt import safetensors_header
-from cloudckpt.ranges import Range
+from cloudckpt.errors import UsageError
+from cloudckpt.extensions.base import FrameContext
+from cloudckpt.extensions.chain import Chain
+from cloudckpt.layout import token_of
+from cloudckpt.ranges import Range, split
 from cloudckpt.safetensors_header import HeaderItem
 
 MIN_PART_SIZE = 5 << 20
@@ -21,6 +25,12 @@ MAX_SHARD_SIZE = 5 << 40
 """S3's limits: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
 
 _MIB = 1 << 20
+FRAME_ALIGNMENT = 16
+"""Bytes of the widest element: frames of a shard with extensions begin at multiples of it."""
+
+MAX_FRAME_SIZE = 1 << 30
+"""Of plain bytes; readers take that much memory for a frame."""
+
 HEADER = -1
 """In place of an item's index: the shard's header, which no frame covers."""
 
@@ -33,11 +43,13 @@ class Item:
         header: its name, dtype and shape as the shard's header has them, and its size.
         notes: what a rebuild needs beside these; plain JSON, empty where nothing is.
         width: bytes per element, where the header does not tell: raw bytes that stand for wider elements.
+        number_size: bytes of each number in it (see `dtypes.Dtype.number_size`); 1 for bytes.
     """
 
     header: HeaderItem
     notes: dict[str, object]
     width: int = 1
+    number_size: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +92,40 @@ class Segment:
     frame: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FramesPlan:
+    """What a shard of transformed frames will hold; where it lies there shows as it is written.
+
+    Attributes:
+        key: of the object.
+        chain: the extensions its frames go through.
+        items: indices into the planned items, in the order they lie.
+        frames: the first frame of each, and at last their count.
+        frame_size: plain bytes of a frame; no element lies in two.
+    """
+
+    key: str
+    chain: Chain
+    items: tuple[int, ...]
+    frames: tuple[int, ...]
+    frame_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFrame:
+    """A frame before it is transformed: ``at`` is counted from the item's first byte."""
+
+    item: int
+    at: Range
+    context: FrameContext
+
+
+AnyPlan = ShardPlan | FramesPlan
+
+
 def plan_shards(
     items: Sequence[Item],
+    chosen: Sequence[int] | None = None,
     *,
     rank: int,
     frame_size: int,
@@ -97,6 +141,7 @@ def plan_shards(
 
     Args:
         items: any number; none makes no shard.
+        chosen: indices of those that go in; all if not given.
         rank: the writer's, noted in the header.
         frame_size: plain bytes per frame.
         new_token: makes a random token for each shard.
@@ -104,7 +149,8 @@ def plan_shards(
         max_size: bytes a shard may have.
         max_header_nbytes: bytes a shard's header may have.
     """
-    order = sorted(range(len(items)), key=lambda i: -max(items[i].width, _width(items[i].header)))
+    indices = range(len(items)) if chosen is None else chosen
+    order = sorted(indices, key=lambda i: -max(items[i].width, _width(items[i].header)))
 
     def plan(group: list[int]) -> ShardPlan:
         token = new_token()
@@ -125,6 +171,70 @@ def plan_shards(
     if group:
         plans.append(plan(group))
     return plans
+
+
+def plan_frames(
+    items: Sequence[Item],
+    chosen: Sequence[int],
+    chain: Chain,
+    *,
+    frame_size: int,
+    new_key: Callable[[], str],
+    max_size: int,
+) -> list[FramesPlan]:
+    """Lays items out in shards whose frames go through ``chain``, in their order.
+
+    Args:
+        items: all of the rank.
+        chosen: indices of those that go through this chain.
+        chain: at least one extension.
+        frame_size: plain bytes of a frame; rounded up so that no element lies in two.
+        new_key: spells a key for each shard.
+        max_size: plain bytes a shard may have.
+
+    Raises:
+        UsageError: an item has more than that.
+    """
+    frame_size = -(-frame_size // FRAME_ALIGNMENT) * FRAME_ALIGNMENT
+    groups: list[list[int]] = []
+    room = 0
+    for i in chosen:
+        nbytes = items[i].header.nbytes
+        if nbytes > max_size:
+            msg = f"{items[i].header.name!r} has {nbytes} bytes, of {max_size} with extensions: raise part_size"
+            raise UsageError(msg)
+        if not groups or nbytes > room:
+            groups.append([])
+            room = max_size
+        groups[-1].append(i)
+        room -= nbytes
+    return [
+        FramesPlan(
+            key=new_key(),
+            chain=chain,
+            items=tuple(group),
+            frames=tuple(accumulate((-(-items[i].header.nbytes // frame_size) for i in group), initial=0)),
+            frame_size=frame_size,
+        )
+        for group in groups
+    ]
+
+
+def planned_frames(plan: FramesPlan, items: Sequence[Item]) -> Iterator[PlannedFrame]:
+    """Every frame of the shard, in the order in which they lie."""
+    token = token_of(plan.key)
+    for i, first, stop in zip(plan.items, plan.frames, plan.frames[1:], strict=False):
+        item = items[i]
+        for index, at in enumerate(split(Range(0, item.header.nbytes), plan.frame_size)):
+            context = FrameContext(
+                shard=token,
+                item=item.header.name,
+                number=first + index,
+                index=index,
+                is_last=first + index + 1 == stop,
+                width=item.number_size,
+            )
+            yield PlannedFrame(i, at, context)
 
 
 def _plan_shard(

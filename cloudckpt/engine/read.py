@@ -6,15 +6,19 @@ Law: async; no torch, no S3, no environment. Memory that is received into has on
 import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Protocol
 
 from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.budget import Budget, BufferPool
 from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
-from cloudckpt.errors import IntegrityError, UsageError
+from cloudckpt.engine.frame_fetching import FramedRead, plan_frame_fetches
+from cloudckpt.engine.read_frames import WantedFrames, fetch_frames, fetch_nbytes
+from cloudckpt.engine.sinks import Sink, damaged
+from cloudckpt.errors import UsageError
+from cloudckpt.extensions.keys import Keys
+from cloudckpt.extensions.registry import ExtensionRegistry
 from cloudckpt.ranges import Range, Region
 from cloudckpt.store.protocols import Get
 from cloudckpt.threads import in_thread
@@ -33,6 +37,9 @@ class ReadOptions:
         cast: convert to the destination's dtype where it differs, as ``torch.Tensor.copy_`` does; False
             refuses.
         unsafe_pickle: let bytes items load any class, which runs code of the checkpoint's author.
+        registry: knows the extensions that checkpoints may name, if others than cloudckpt's own.
+        keys: for what is encrypted: a `KeyProvider`, or 32-byte keys by id as a mapping or a function.
+        require_seal: refuse a checkpoint that was not saved with encryption on, and so could be anybody's.
     """
 
     max_request_size: int = 16 << 20
@@ -41,6 +48,9 @@ class ReadOptions:
     concurrency: int = 16
     cast: bool = True
     unsafe_pickle: bool = False
+    registry: ExtensionRegistry | None = None
+    keys: Keys | None = field(default=None, repr=False)
+    require_seal: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.max_request_size <= self.max_inflight_nbytes or self.max_gap < 0:
@@ -71,24 +81,6 @@ class Stats:
     seconds: float = 0.0
 
 
-class Sink(Protocol):
-    """Where a region goes."""
-
-    @property
-    def memory(self) -> memoryview | None:
-        """The region's bytes in row-major order, to be received into; None where they must be placed."""
-        ...
-
-    def place(self, region: Region, data: memoryview) -> None:
-        """Copies a rectangle into place; runs in a worker thread.
-
-        Args:
-            region: counted from the chunk's first element.
-            data: the chunk's bytes from the rectangle's first to its last element, row-major as the chunk.
-        """
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A read and where it goes; ``name`` is for messages."""
@@ -114,23 +106,31 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     On failure the contents of all sinks are undefined.
 
     Raises:
-        IntegrityError: a frame does not match its checksum.
+        IntegrityError: a frame does not match its checksum, or cannot be restored.
         StoreError: a shard is missing, shorter than the manifest says, or could not be read.
     """
     began = perf_counter()
     reads = [w.read for w in wanted]
-    fetches = plan_fetches(reads, max_request_size=options.max_request_size, max_gap=options.max_gap)
+    plain = [w for w in wanted if w.read.stored is None]
+    framed = [WantedFrames(w.name, FramedRead(w.read, w.read.stored), w.sink) for w in wanted if w.read.stored]
+    sizes = {"max_request_size": options.max_request_size, "max_gap": options.max_gap}
+    fetches = plan_fetches([w.read for w in plain], **sizes)
+    frame_fetches = plan_frame_fetches([w.framed for w in framed], **sizes)
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
     pool = BufferPool(options.max_request_size, limit=options.max_inflight_nbytes)
     fragments: list[_Fragment] = []
     async with asyncio.TaskGroup() as group:
         for fetch in fetches:
             granted = await budget.take(len(fetch.at))
-            task = group.create_task(_fetch(store, fetch, wanted, pool, fragments))
+            task = group.create_task(_fetch(store, fetch, plain, pool, fragments))
+            budget.give_when_done(task, granted)
+        for frames in frame_fetches:
+            granted = await budget.take(fetch_nbytes(frames))
+            task = group.create_task(fetch_frames(store, frames, framed, pool))
             budget.give_when_done(task, granted)
     _verify_fragments(fragments)
-    stats.requests += len(fetches)
-    stats.bytes_fetched += sum(len(f.at) for f in fetches)
+    stats.requests += len(fetches) + len(frame_fetches)
+    stats.bytes_fetched += sum(len(f.at) for f in fetches) + sum(len(f.at) for f in frame_fetches)
     stats.bytes_needed += sum(r.nbytes for r in reads)
     stats.seconds += perf_counter() - began
 
@@ -177,7 +177,7 @@ def _verify_and_place(placing: list[tuple[Wanted, Range, Region | None, memoryvi
             if part != whole:
                 fragments.append(_Fragment(wanted, frame, part, crc))
             elif crc != read.checksums[frame]:
-                raise _damaged(wanted, whole)
+                raise damaged(wanted.name, read.key, whole.shift(read.start))
     for wanted, _, region, view in placing:
         if region is not None:
             wanted.sink.place(region, view)
@@ -197,13 +197,4 @@ def _verify_fragments(fragments: list[_Fragment]) -> None:
             if f.at.start == position:
                 crc, position = combine_crc32c(crc, f.crc32c, len(f.at)), f.at.stop
         if position == whole.stop and crc != read.checksums[frame]:
-            raise _damaged(parts[0].wanted, whole)
-
-
-def _damaged(wanted: Wanted, frame: Range) -> IntegrityError:
-    at = frame.shift(wanted.read.start)
-    return IntegrityError(
-        f"{wanted.name}: bytes {at.start} to {at.stop} of {wanted.read.key} do not match their "
-        "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
-        "and if it stays so, load an earlier checkpoint"
-    )
+            raise damaged(parts[0].wanted.name, read.key, whole.shift(read.start))

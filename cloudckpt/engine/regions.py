@@ -1,14 +1,22 @@
 """From the manifest's chunks to the reads the planner understands.
 
-Law: pure. What a manifest claims of an entry is checked here, before a request is planned from it.
+Law: no I/O but a key service's. What a manifest claims of an entry is checked here, before a request is planned
+from it.
 """
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
+from math import prod
 
+from cloudckpt import layout
 from cloudckpt.dtypes import DTYPES
-from cloudckpt.engine.fetching import RegionRead
-from cloudckpt.errors import ManifestError
+from cloudckpt.engine.fetching import RegionRead, StoredFrames
+from cloudckpt.engine.framing import FRAME_ALIGNMENT, MAX_FRAME_SIZE
+from cloudckpt.engine.read import ReadOptions
+from cloudckpt.errors import CheckpointError, ManifestError
+from cloudckpt.extensions.chain import ShardChain, open_shard
+from cloudckpt.extensions.registry import ExtensionRegistry
 from cloudckpt.manifest import BytesEntry, Chunk, Entry, Manifest, TensorEntry, entry_problems, unpack
 from cloudckpt.ranges import Region
 
@@ -16,10 +24,14 @@ from cloudckpt.ranges import Region
 class Locator:
     """Finds the bytes of a manifest's entries."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        """Looks into ``manifest``; checks each entry when it is first asked for."""
+    def __init__(self, manifest: Manifest, options: ReadOptions) -> None:
+        """Looks into ``manifest``; checks each entry and each shard when it is first asked for."""
         self._manifest = manifest
+        registry = options.registry or ExtensionRegistry()
+        self._registry = registry if options.keys is None else registry.with_keys(options.keys)
         self._checksums = cache(lambda shard: unpack(manifest.shards[shard].frame_checksums))
+        self._starts = cache(self._find_starts)
+        self._chains = cache(self._open_chain)
         self._sound: set[str] = set()
 
     def entry(self, key: str) -> Entry:
@@ -37,24 +49,41 @@ class Locator:
             self._sound.add(key)
         return entry
 
-    def read_chunk(self, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool) -> RegionRead:
-        """A read of a rectangle of a chunk, counted from the chunk's first element."""
-        return self._read(chunk, DTYPES[entry.dtype].itemsize, chunk.sizes, region, is_direct=is_direct)
+    def read_chunk(
+        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
+    ) -> RegionRead:
+        """A read of a rectangle of a chunk, counted from the chunk's first element.
 
-    def read_bytes(self, entry: BytesEntry) -> RegionRead:
-        """A read of a whole byte string into memory."""
+        Raises:
+            UnknownExtensionError, MissingLibraryError, EncryptionKeyError: its shard cannot be restored here.
+            ManifestError: what the manifest claims of its shard cannot be.
+        """
+        name = layout.item_name(key, None if chunk.sizes == entry.shape else chunk.offsets)
+        dtype = DTYPES[entry.dtype]
+        return self._read(
+            chunk, name, dtype.itemsize, dtype.number_size, chunk.sizes, region=region, is_direct=is_direct
+        )
+
+    def read_bytes(self, key: str, entry: BytesEntry) -> RegionRead:
+        """A read of a whole byte string into memory; raises as `read_chunk`."""
         shape = (entry.nbytes,)
-        return self._read(entry, 1, shape, Region((0,), shape), is_direct=True)
+        return self._read(entry, layout.item_name(key, None), 1, 1, shape, region=Region((0,), shape), is_direct=True)
 
     def _read(
-        self, at: Chunk | BytesEntry, itemsize: int, shape: tuple[int, ...], region: Region, *, is_direct: bool
+        self,
+        at: Chunk | BytesEntry,
+        name: str,
+        itemsize: int,
+        number_size: int,
+        shape: tuple[int, ...],
+        *,
+        region: Region,
+        is_direct: bool,
     ) -> RegionRead:
         shard = self._manifest.shards[at.shard]
-        if shard.extensions:
-            msg = f"{shard.key} was written with extensions {shard.extensions}, which this release cannot restore"
-            raise ManifestError(msg)
+        nbytes = prod(shape) * itemsize
+        count = -(-nbytes // shard.frame_size)
         checksums: Sequence[int] = self._checksums(at.shard)
-        count = -(-(at.stop - at.start) // shard.frame_size)
         return RegionRead(
             key=shard.key,
             start=at.start,
@@ -64,7 +93,45 @@ class Locator:
             frame_size=shard.frame_size,
             checksums=checksums[at.frame : at.frame + count],
             is_direct=is_direct,
+            stored=self._stored(at, name, number_size, count) if shard.extensions else None,
         )
+
+    def _stored(self, at: Chunk | BytesEntry, name: str, number_size: int, count: int) -> StoredFrames:
+        key = self._manifest.shards[at.shard].key
+        starts: Sequence[int] = self._starts(at.shard)[at.frame : at.frame + count + 1]
+        if len(starts) != count + 1 or (starts[0], starts[-1]) != (at.start, at.stop):
+            msg = f"{name!r}: bytes {at.start} to {at.stop} of {key} are not its {count} frames from {at.frame} on"
+            raise ManifestError(msg)
+        return StoredFrames(
+            chain=self._chains(at.shard),
+            token=layout.token_of(key),
+            item=name,
+            number_size=number_size,
+            first=at.frame,
+            starts=starts,
+        )
+
+    def _find_starts(self, index: int) -> list[int]:
+        shard = self._manifest.shards[index]
+        starts = [0, *accumulate(unpack(shard.frame_sizes))]
+        if len(starts) != len(self._checksums(index)) + 1 or starts[-1] != shard.size:
+            msg = f"the frame sizes of {shard.key} are not those of its {len(self._checksums(index))} frames"
+            raise ManifestError(msg)
+        if shard.frame_size % FRAME_ALIGNMENT or shard.frame_size > MAX_FRAME_SIZE:
+            msg = (
+                f"{shard.key} has frames of {shard.frame_size} bytes: too large, or no multiple of {FRAME_ALIGNMENT}"
+            )
+            raise ManifestError(msg)
+        return starts
+
+    def _open_chain(self, index: int) -> ShardChain:
+        shard = self._manifest.shards[index]
+        try:
+            extensions = self._registry.from_descriptor_list(shard.extensions)
+            return open_shard(extensions, shard.extensions, shard.extension_params)
+        except CheckpointError as e:
+            e.add_note(f"needed for {shard.key}; nothing was fetched")
+            raise
 
 
 class MemorySink:
@@ -75,7 +142,6 @@ class MemorySink:
         self.memory = memoryview(bytearray(nbytes))
 
     def place(self, region: Region, data: memoryview) -> None:
-        """Never asked: a byte string is one run."""
-        del data
-        msg = f"a byte string cannot be placed by region {region}"
-        raise AssertionError(msg)
+        """See `Sink.place`."""
+        (start,), (nbytes,) = region.offsets, region.sizes
+        self.memory[start : start + nbytes] = data

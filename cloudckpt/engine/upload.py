@@ -3,6 +3,7 @@
 Law: an upload is completed or it is aborted.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,12 +30,21 @@ class Means:
     Attributes:
         pool: of scratch for staging, in buffers of a part's size.
         part_size: bytes of a part, but for objects that would have too many.
+        filling: held by the shard with extensions that has a part which is not full; one at a time, or each could
+            hold a part's bytes and none could go on.
+        workers: frames that are transformed at a time.
+        lookahead: runs of frames that are transformed before they are waited for.
+        requests: parts of shards with extensions that are under way at a time; plain ones are counted by the budget.
     """
 
     store: Uploads
     budget: Budget
     pool: BufferPool
     part_size: int
+    filling: asyncio.Lock
+    workers: asyncio.Semaphore
+    lookahead: int
+    requests: asyncio.Semaphore
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloudckpt.engine.budget import Budget, BufferPool
-from cloudckpt.engine.framing import MIN_PART_SIZE, ShardPlan
+from cloudckpt.engine.framing import MAX_FRAME_SIZE, MIN_PART_SIZE, AnyPlan, Item, ShardPlan, planned_frames
 from cloudckpt.engine.loop import shielded
 from cloudckpt.engine.sources import Source
 from cloudckpt.engine.upload import Means, Uploads, Written
+from cloudckpt.engine.write_frames import LEAST_FRAMES, FramesUpload
 from cloudckpt.engine.write_plain import PlainUpload
 from cloudckpt.errors import StoreError, UsageError
+from cloudckpt.extensions.chain import Extensions, Rules
+from cloudckpt.threads import in_thread
 
 log = logging.getLogger(__name__)
+_SMALL = 1 << 15
+"""What an extension may add to a frame however small (see `FrameCodec.max_stored_size`), per copy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +36,9 @@ class WriteOptions:
         concurrency: requests under way at a time, at most.
         overwrite: replace a committed checkpoint at the same URL.
         commit_deadline_s: how long a commit in doubt is looked into.
+        extensions: what items go through on their way, first applied first: for all of them, or by pattern of
+            their keys, ``{"optim.*": [BytePlane(), ZStandard()], "*": []}`` (see `extensions.chain.Rules`).
+        transform_threads: frames that are transformed at a time.
     """
 
     part_size: int = 32 << 20
@@ -39,20 +47,34 @@ class WriteOptions:
     concurrency: int = 16
     overwrite: bool = False
     commit_deadline_s: float = 120
+    extensions: Extensions = ()
+    transform_threads: int = 4
 
     def __post_init__(self) -> None:
         if self.part_size < MIN_PART_SIZE:
             msg = f"part_size={self.part_size} is below the {MIN_PART_SIZE} bytes that S3 asks for"
             raise UsageError(msg)
-        if not 1 << 12 <= self.frame_size <= 1 << 30:
+        if not 1 << 12 <= self.frame_size <= MAX_FRAME_SIZE:
             msg = f"frame_size={self.frame_size} must lie between 4 KiB and 1 GiB"
             raise UsageError(msg)
         if self.max_inflight_nbytes < self.part_size:
             msg = f"max_inflight_nbytes={self.max_inflight_nbytes} cannot hold one part of {self.part_size}"
             raise UsageError(msg)
-        if self.concurrency < 1:
-            msg = f"concurrency={self.concurrency} must be at least 1"
+        if self.concurrency < 1 or self.transform_threads < 1:
+            msg = f"concurrency={self.concurrency} and transform_threads={self.transform_threads} must be at least 1"
             raise UsageError(msg)
+        if any(chain.extensions for chain in Rules(self.extensions).chains) and self._lookahead < 1:
+            msg = (
+                f"max_inflight_nbytes={self.max_inflight_nbytes} is too little for extensions: it must hold two "
+                f"parts of part_size={self.part_size} and {LEAST_FRAMES} frames of frame_size={self.frame_size}"
+            )
+            raise UsageError(msg)
+
+    @property
+    def _lookahead(self) -> int:
+        """Runs of frames that may be transformed ahead; none where the budget could be used up by waiting."""
+        room = (self.max_inflight_nbytes - 2 * self.part_size) // (self.frame_size + _SMALL)
+        return min(2 * self.transform_threads, room // (LEAST_FRAMES // 2) - 1)
 
 
 class ShardWriter:
@@ -66,27 +88,41 @@ class ShardWriter:
             budget=Budget(options.max_inflight_nbytes, concurrency=options.concurrency),
             pool=BufferPool(options.part_size, limit=options.max_inflight_nbytes),
             part_size=options.part_size,
+            filling=asyncio.Lock(),
+            workers=asyncio.Semaphore(options.transform_threads),
+            lookahead=max(1, options._lookahead),
+            requests=asyncio.Semaphore(options.concurrency),
         )
 
-    async def write(self, plans: Sequence[ShardPlan], sources: Sequence[Source]) -> list[Written]:
+    async def write(
+        self, plans: Sequence[AnyPlan], items: Sequence[Item], sources: Sequence[Source]
+    ) -> list[Written]:
         """Uploads all shards, and returns what the manifest says of them.
 
         On failure every upload of this call is aborted and every shard it completed is deleted.
 
         Args:
-            plans: from `framing.plan_shards`.
-            sources: one for each planned item.
+            plans: from `framing.plan_shards` and `framing.plan_frames`.
+            items: that were planned.
+            sources: one for each of them.
 
         Raises:
+            EncryptionKeyError: a key is missing; nothing was written.
             StoreError: the first failure; others are in its notes.
         """
+        uploads = await in_thread(lambda: [self._upload(plan, items, sources) for plan in plans])
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(PlainUpload(plan, sources, self._means).run()) for plan in plans]
+                tasks = [group.create_task(upload.run()) for upload in uploads]
         except BaseException:
             await shielded(lambda: self._remove([plan.key for plan in plans]))
             raise
         return [task.result() for task in tasks]
+
+    def _upload(self, plan: AnyPlan, items: Sequence[Item], sources: Sequence[Source]) -> PlainUpload | FramesUpload:
+        if isinstance(plan, ShardPlan):
+            return PlainUpload(plan, sources, self._means)
+        return FramesUpload(plan, plan.chain.start_shard(), planned_frames(plan, items), sources, self._means)
 
     async def _remove(self, keys: Sequence[str]) -> None:
         try:

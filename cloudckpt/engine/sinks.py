@@ -1,0 +1,36 @@
+"""Where what is read goes.
+
+Law: a sink is given rectangles; whose memory they lie in is its own business.
+"""
+
+from typing import Protocol
+
+from cloudckpt.errors import IntegrityError
+from cloudckpt.ranges import Range, Region
+
+
+class Sink(Protocol):
+    """Where a region goes."""
+
+    @property
+    def memory(self) -> memoryview | None:
+        """The region's bytes in row-major order, to be received into; None where they must be placed."""
+        ...
+
+    def place(self, region: Region, data: memoryview) -> None:
+        """Copies a rectangle into place; runs in a worker thread.
+
+        Args:
+            region: counted from the chunk's first element.
+            data: the chunk's bytes from the rectangle's first to its last element, row-major as the chunk.
+        """
+        ...
+
+
+def damaged(name: str, key: str, at: Range) -> IntegrityError:
+    """The error for stored bytes that do not match their checksum."""
+    return IntegrityError(
+        f"{name}: bytes {at.start} to {at.stop} of {key} do not match their "
+        "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
+        "and if it stays so, load an earlier checkpoint"
+    )

@@ -1,0 +1,218 @@
+"""One shard with extensions up: stage, transform, checksum, cut, upload.
+
+Frames are transformed in threads, some ahead of the upload. They lie in the shard in their order; how long each
+becomes shows only then, so parts are cut from what is there.
+
+Law: async; a shard is whole or it is gone. Who waits for the budget holds less than a part and some frames.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import numpy as np
+from awscrt.checksums import combine_crc32c, crc32c
+
+from cloudckpt.engine.framing import FramesPlan, PlannedFrame
+from cloudckpt.engine.sources import Source
+from cloudckpt.engine.upload import Means, Written, aborting
+from cloudckpt.extensions.chain import ShardChain
+from cloudckpt.manifest import Shard, pack
+from cloudckpt.store.protocols import Part, Upload
+from cloudckpt.threads import in_thread
+
+_COPIES = 2
+"""How often a chain may hold a frame while it works, beside what it makes of it: split, and not yet joined."""
+
+LEAST_FRAMES = 12
+"""Frames of memory that one being transformed and one waiting take at most, with what is left of a cut part."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Stored bytes and their CRC32C."""
+
+    data: memoryview
+    crc32c: int
+
+
+@dataclass(slots=True)
+class _Part:
+    """Runs that are not yet sent."""
+
+    runs: deque[_Run] = field(default_factory=deque)
+    nbytes: int = 0
+
+    def add(self, run: _Run) -> None:
+        self.runs.append(run)
+        self.nbytes += len(run.data)
+
+    def cut(self, size: int) -> "_Part":
+        """Takes out the first ``size`` bytes, or all."""
+        first = _Part()
+        while self.runs and first.nbytes < size:
+            run = self.runs.popleft()
+            room = size - first.nbytes
+            if len(run.data) > room:
+                rest, data = run.data[room:], run.data[:room]
+                self.runs.appendleft(_Run(rest, crc32c(rest)))
+                run = _Run(data, crc32c(data))
+            first.add(run)
+        self.nbytes -= first.nbytes
+        return first
+
+    @property
+    def body(self) -> list[memoryview]:
+        return [run.data for run in self.runs]
+
+    @property
+    def crc32c(self) -> int:
+        return _combined((run.crc32c, len(run.data)) for run in self.runs)
+
+
+class FramesUpload:
+    """Writes one shard of transformed frames."""
+
+    def __init__(
+        self,
+        plan: FramesPlan,
+        chain: ShardChain,
+        frames: Iterator[PlannedFrame],
+        sources: Sequence[Source],
+        means: Means,
+    ) -> None:
+        """Takes the chain at work on this shard, all its frames, and a source for each planned item of the rank."""
+        self._plan = plan
+        self._chain = chain
+        self._frames = frames
+        self._sources = sources
+        self._means = means
+        self._held = 0
+        self._open = _Part()
+        self._sizes: list[int] = []
+        self._checksums: list[int] = []
+        self._upload: Upload | None = None
+        self._parts: list[asyncio.Task[Part]] = []
+
+    async def run(self) -> Written:
+        """Uploads the shard; on failure its upload is aborted."""
+        try:
+            async with AsyncExitStack() as clean_up:
+                async with asyncio.TaskGroup() as group, self._means.filling:
+                    await self._fill(group, clean_up)
+                await self._complete()
+        finally:
+            self._release(self._held)
+        return self._written()
+
+    async def _fill(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
+        """Transforms all frames, and sends every full part on its way, and the last."""
+        pending: deque[asyncio.Task[list[_Run]]] = deque()
+        for job in _jobs(self._frames, self._plan.frame_size):
+            if len(pending) >= self._means.lookahead:
+                await self._absorb(pending.popleft(), group, clean_up)
+            cost = sum(map(self._cost, job))
+            await self._means.budget.hold(cost)
+            self._held += cost
+            pending.append(group.create_task(self._work(job, cost)))
+        while pending:
+            await self._absorb(pending.popleft(), group, clean_up)
+        if self._upload is not None and self._open.nbytes:
+            await self._send(group, clean_up)
+
+    def _cost(self, frame: PlannedFrame) -> int:
+        nbytes = len(frame.at)
+        scratch = self._sources[frame.item].scratch_nbytes(frame.at)
+        return scratch + _COPIES * nbytes + self._chain.max_stored_size(nbytes)
+
+    async def _work(self, job: Sequence[PlannedFrame], cost: int) -> list[_Run]:
+        async with self._means.workers:
+            runs = await in_thread(self._transform, job)
+        self._release(cost - sum(len(run.data) for run in runs))
+        return runs
+
+    def _transform(self, job: Sequence[PlannedFrame]) -> list[_Run]:
+        runs = []
+        for frame in job:
+            source = self._sources[frame.item]
+            scratch = np.empty(source.scratch_nbytes(frame.at), np.uint8).data
+            stored = self._chain.transform(source.stage(frame.at, scratch), frame.context)
+            runs.append(_Run(stored, crc32c(stored)))
+        return runs
+
+    async def _absorb(
+        self, job: "asyncio.Task[list[_Run]]", group: asyncio.TaskGroup, clean_up: AsyncExitStack
+    ) -> None:
+        await asyncio.wait([job])  # if it failed, the group cancels us here, and tells of it once
+        for run in job.result():
+            self._sizes.append(len(run.data))
+            self._checksums.append(run.crc32c)
+            self._open.add(run)
+            while self._open.nbytes >= self._means.part_size:
+                await self._send(group, clean_up)
+
+    async def _send(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
+        if self._upload is None:
+            self._upload = await self._means.store.create_upload(self._plan.key)
+            await clean_up.enter_async_context(aborting(self._means.store, self._upload))
+        part = self._open.cut(self._means.part_size)
+        self._parts.append(group.create_task(self._put_part(self._upload, len(self._parts), part)))
+
+    async def _put_part(self, upload: Upload, index: int, part: _Part) -> Part:
+        offset = index * self._means.part_size
+        async with self._means.requests:
+            done = await self._means.store.put_part(upload, index + 1, offset, part.body, crc32c=part.crc32c)
+        self._release(part.nbytes)
+        return done
+
+    async def _complete(self) -> None:
+        store, whole = self._means.store, self._crc32c()
+        if self._upload is None:
+            await store.put(self._plan.key, self._open.body, crc32c=whole)
+        else:
+            await store.complete_upload(self._upload, [part.result() for part in self._parts], crc32c=whole)
+
+    def _release(self, nbytes: int) -> None:
+        self._held -= nbytes
+        self._means.budget.release(nbytes)
+
+    def _crc32c(self) -> int:
+        return _combined(zip(self._checksums, self._sizes, strict=True))
+
+    def _written(self) -> Written:
+        starts = [0, *accumulate(self._sizes)]
+        shard = Shard(
+            key=self._plan.key,
+            size=starts[-1],
+            crc32c=self._crc32c(),
+            frame_size=self._plan.frame_size,
+            frame_checksums=pack(self._checksums),
+            extensions=self._chain.descriptors,
+            extension_params=self._chain.params,
+            frame_sizes=pack(self._sizes),
+        )
+        return Written(shard, tuple(starts[frame] for frame in self._plan.frames))
+
+
+def _combined(runs: Iterable[tuple[int, int]]) -> int:
+    total = 0
+    for crc, nbytes in runs:
+        total = combine_crc32c(total, crc, nbytes)
+    return total
+
+
+def _jobs(frames: Iterable[PlannedFrame], nbytes: int) -> Iterator[list[PlannedFrame]]:
+    """Runs of frames of ``nbytes`` together, or of one: small ones are not worth a thread each."""
+    job: list[PlannedFrame] = []
+    filled = 0
+    for frame in frames:
+        if job and filled + len(frame.at) > nbytes:
+            yield job
+            job, filled = [], 0
+        job.append(frame)
+        filled += len(frame.at)
+    if job:
+        yield job
