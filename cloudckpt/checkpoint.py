@@ -11,14 +11,16 @@ from types import EllipsisType
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.engine import loop
-from cloudckpt.engine.commit import read_manifest
+from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
 from cloudckpt.engine.regions import Locator, MemorySink
+from cloudckpt.engine.sealing import missing_key, open_manifest
 from cloudckpt.errors import DtypeMismatchError, ManifestError, MissingKeyError, ShapeMismatchError
-from cloudckpt.manifest import BytesEntry, Manifest, Summary, TensorEntry, ValueEntry
+from cloudckpt.manifest import BytesEntry, Summary, TensorEntry, ValueEntry
 from cloudckpt.ranges import Region, strides_of
 from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
@@ -43,6 +45,7 @@ def open(  # noqa: A001 - as `zarr.open`, `xarray.open_dataset`
     Raises:
         CheckpointNotFoundError, NotCommittedError: no checkpoint is there.
         ManifestError: its manifest is not sound.
+        EncryptionKeyError, IntegrityError: see `engine.sealing.open_manifest`.
         StoreError: the store refused.
     """
     reading, reaching = with_overrides(options or ReadOptions(), store, overrides)
@@ -63,7 +66,8 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         self.stats = Stats()
         self._options = options
         self._store = store
-        self._manifest = loop.run(self._read_manifest)
+        data = loop.run(self._get_manifest)
+        self._manifest = open_manifest(data, url, options)
         self._locator = Locator(self._manifest, options)
 
     @property
@@ -73,7 +77,13 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The user's own metadata."""
+        """The user's own metadata.
+
+        Raises:
+            EncryptionKeyError: it is encrypted, and the checkpoint was opened without keys.
+        """
+        if self._manifest.seal is not UNSET and self._options.keys is None:
+            raise missing_key(self._manifest, f"the metadata of {self.url}")
         return dict(self._manifest.metadata)
 
     def __len__(self) -> int:
@@ -90,6 +100,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
 
         Raises:
             MissingKeyError: there is none.
+            EncryptionKeyError: it is a value that is encrypted, and the checkpoint was opened without keys.
         """
         if key not in self._manifest.entries:
             msg = f"{self.url} has no entry {key!r}; it has {len(self)} others, see keys()"
@@ -117,9 +128,9 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
 
         loop.run(read)
 
-    async def _read_manifest(self) -> Manifest:
+    async def _get_manifest(self) -> bytes:
         async with open_store(self.url, self._store) as store:
-            return await read_manifest(store)
+            return (await read_manifest_blob(store)).data
 
 
 class Array:

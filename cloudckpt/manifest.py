@@ -8,7 +8,7 @@ import re
 import sys
 from array import array
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from math import prod
 from typing import Any, Literal, NoReturn
@@ -27,6 +27,8 @@ SUMMARY_NBYTES = 4096
 
 _TAIL = re.compile(rb',"crc32c":"([0-9a-f]{8})"}')
 _TAIL_NBYTES = len(b',"crc32c":"00000000"}')
+_SEALED_TAIL = re.compile(rb',"mac":"([0-9a-f]{32})"},"crc32c":"[0-9a-f]{8}"}')
+_SEALED_TAIL_NBYTES = len(b',"mac":""}') + 32 + _TAIL_NBYTES
 _MAX_PROBLEMS = 100
 _HEAD = b'{"summary":'
 _UNREADABLE = (ValueError, RecursionError)
@@ -128,8 +130,29 @@ class ValueEntry(msgspec.Struct, frozen=True, array_like=True, tag="value", gc=F
     value: Any
 
 
-Entry = TensorEntry | BytesEntry | ValueEntry
+class SealedEntry(msgspec.Struct, frozen=True, array_like=True, tag="sealed", gc=False):
+    """A plain JSON value that is encrypted in the manifest's seal."""
+
+
+OpenEntry = TensorEntry | BytesEntry | ValueEntry
+Entry = OpenEntry | SealedEntry
 PlannerPath = tuple[str | int, ...]
+
+
+class Seal(msgspec.Struct, frozen=True, kw_only=True):
+    """What a manifest carries when encryption is on.
+
+    Attributes:
+        key_id: names the key under which this manifest's own data key is encrypted.
+        wrapped_key: that data key, encrypted, in base64.
+        values: the user's metadata and the plain JSON values, encrypted, in base64.
+        mac: authenticates all bytes of the manifest before it, as hex digits; empty before it is known.
+    """
+
+    key_id: str
+    wrapped_key: str
+    values: str
+    mac: str = ""
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,13 +162,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
         metadata: the user's own, plain JSON.
         planner_paths: DCP's flatten mapping: where each key stands in the nested state dict. Keys that
             stand under their own name at the top are left out. None where the planner kept none.
+        seal: where encryption is on; ``metadata`` is empty then, unless it was opened with a key.
     """
 
     summary: Summary
     metadata: dict[str, Any]
     planner_paths: dict[str, PlannerPath] | None
     shards: tuple[Shard, ...]
-    entries: dict[str, TensorEntry | BytesEntry | ValueEntry]
+    entries: dict[str, TensorEntry | BytesEntry | ValueEntry | SealedEntry]
+    seal: Seal | msgspec.UnsetType = msgspec.UNSET
 
 
 _encoder = msgspec.json.Encoder()
@@ -181,10 +206,31 @@ def _little_endian(numbers: "array[int]") -> "array[int]":
     return numbers
 
 
-def encode(manifest: Manifest) -> bytes:
-    """The manifest's bytes: JSON whose last member is the CRC32C of all bytes before it."""
+def encode(manifest: Manifest, mac: Callable[[bytes], bytes] | None = None) -> bytes:
+    """The manifest's bytes: JSON whose last member is the CRC32C of all bytes before it.
+
+    Args:
+        manifest: what it says.
+        mac: makes the 16 bytes that authenticate what comes before them; if, and only if, it has a seal.
+    """
     body = _encoder.encode(manifest)[:-1]
+    if mac is not None:
+        head = body.removesuffix(b',"mac":""}')
+        body = head + b',"mac":"%s"}' % mac(head).hex().encode()
     return body + b',"crc32c":"%08x"}' % crc32c(body)
+
+
+def authenticated(data: bytes) -> tuple[memoryview, bytes]:
+    """The bytes that a sealed manifest's MAC covers, and the MAC.
+
+    Raises:
+        ManifestError: it does not end as a sealed one does.
+    """
+    tail = _SEALED_TAIL.fullmatch(data[-_SEALED_TAIL_NBYTES:])
+    if tail is None:
+        msg = "the manifest does not end in its MAC"
+        raise ManifestError(msg)
+    return memoryview(data)[:-_SEALED_TAIL_NBYTES], bytes.fromhex(tail[1].decode())
 
 
 def encode_tombstone(summary: Summary) -> bytes:
@@ -284,9 +330,11 @@ def find_problems(tree: Any) -> list[str]:
         shards.append(shard)
         if shard is not None:
             problems += (f"shards[{i}]: {p}" for p in shard_problems(shard))
+    if "seal" in tree:
+        _convert(tree["seal"], Seal, "seal", problems)
     entries = _convert(tree.get("entries"), dict[str, Any], "entries", problems) or {}
     for key, raw in entries.items():
-        entry = _convert(raw, TensorEntry | BytesEntry | ValueEntry, f"entries[{key!r}]", problems)
+        entry = _convert(raw, TensorEntry | BytesEntry | ValueEntry | SealedEntry, f"entries[{key!r}]", problems)
         if entry is not None:
             problems += (f"entries[{key!r}]: {p}" for p in entry_problems(entry, shards))
     return problems
@@ -319,7 +367,7 @@ def shard_problems(shard: Shard) -> list[str]:
 def entry_problems(entry: Entry, shards: "list[Shard | None] | tuple[Shard, ...]") -> list[str]:
     """What is wrong with an entry, given the shards it points into; readers ask before they plan."""
     match entry:
-        case ValueEntry():
+        case ValueEntry() | SealedEntry():
             return []
         case BytesEntry():
             return _place_problems(entry, entry.nbytes, shards)

@@ -221,7 +221,7 @@ async def test_a_tombstone_reads_as_absent_and_is_replaced():
     )
     await put(store, encode_tombstone(summary))
     with pytest.raises(CheckpointNotFoundError):
-        await commit.read_manifest(store)
+        await commit.read_manifest_blob(store)
     late = make("late")
     with pytest.raises(CommitConflictError):  # a coordinator that had seen nothing commits late
         await commit.commit(store, late, "late", replaces=None, deadline_s=1)
@@ -232,18 +232,18 @@ async def test_a_tombstone_reads_as_absent_and_is_replaced():
 async def test_nothing_and_never_committed_are_told_apart():
     store = fresh()
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint at") as e:
-        await commit.read_manifest(store)
+        await commit.read_manifest_blob(store)
     assert not isinstance(e.value, NotCommittedError)
     await store.put(shard_key("0" * 32, "safetensors"), [memoryview(b"x")])
     with pytest.raises(NotCommittedError, match="never committed"):
-        await commit.read_manifest(store)
+        await commit.read_manifest_blob(store)
 
 
 async def test_an_object_that_is_no_manifest_is_refused():
     store = fresh()
     await put(store, b"<html>")
     with pytest.raises(ManifestError):
-        await commit.read_manifest(store)
+        await commit.read_manifest_blob(store)
 
 
 async def test_no_layer_sends_a_request_twice(server, s3):

@@ -32,6 +32,7 @@ from cloudckpt.engine import loop
 from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
 from cloudckpt.engine.regions import Locator, MemorySink
+from cloudckpt.engine.sealing import open_manifest
 from cloudckpt.errors import (
     CheckpointError,
     DtypeMismatchError,
@@ -40,7 +41,7 @@ from cloudckpt.errors import (
     ShapeMismatchError,
     UsageError,
 )
-from cloudckpt.manifest import BytesEntry, Chunk, Manifest, TensorEntry, ValueEntry, parse
+from cloudckpt.manifest import BytesEntry, Chunk, Manifest, TensorEntry, ValueEntry
 from cloudckpt.ranges import Region
 from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
 
@@ -196,7 +197,7 @@ class ObjectStoreReader(StorageReader):
             raise UsageError(msg)
         url = self._url
         if self._group is None:
-            return parse(loop.run(lambda: self._get_manifest(url)), url)
+            return open_manifest(loop.run(lambda: self._get_manifest(url)), url, self._options)
         first = dist.get_rank(self._group) == 0
         found: list[bytes | CheckpointError | None] = [None]
         if first:
@@ -211,7 +212,7 @@ class ObjectStoreReader(StorageReader):
         if found[0] is None:
             msg = "the first rank of the process group sent no manifest"
             raise LoadFailedError(msg)
-        return parse(found[0], url)
+        return open_manifest(found[0], url, self._options)
 
     async def _get_manifest(self, url: str) -> bytes:
         async with open_store(url, self._store) as store:

@@ -140,5 +140,7 @@ class TensorSink:
             out = out.narrow(axis, start, size)
         same = out.dtype == self._stored and not out.is_conj() and not out.is_neg()
         dtype = RAW[self._stored.itemsize] if same else self._stored
+        if data.readonly:  # torch warns of such memory, although nobody writes to it
+            data = memoryview(bytearray(data))
         rows = torch.frombuffer(data, dtype=dtype).as_strided(region.sizes, self._strides)
         (out.view(dtype) if same else out).copy_(rows)

@@ -26,9 +26,11 @@ from cloudckpt.dcp.resolving import refuse_unstorable, resolve
 from cloudckpt.dcp.results import assemble, pack, planner_paths
 from cloudckpt.engine import commit, loop
 from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
+from cloudckpt.engine.sealing import seal
 from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
+from cloudckpt.extensions.aesgcm import DataKey
 from cloudckpt.extensions.chain import Rules
 from cloudckpt.manifest import Manifest, Summary
 from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
@@ -42,6 +44,7 @@ class _Attempt:
 
     url: str
     replaces: commit.Replaced | None
+    key: DataKey | None = None
 
 
 class ObjectStoreWriter(StorageWriter):
@@ -115,6 +118,7 @@ class ObjectStoreWriter(StorageWriter):
         Raises:
             UsageError: no URL, or ``use_collectives=False``.
             CheckpointExistsError: a committed checkpoint is there and ``overwrite`` is off.
+            EncryptionKeyError, MissingLibraryError: encryption is on and cannot be done.
             StoreError: the bucket cannot be reached.
         """
         del args
@@ -129,8 +133,11 @@ class ObjectStoreWriter(StorageWriter):
                 )
                 raise UsageError(msg)
             url = self._url
-            replaces = loop.run(lambda: self._prepare(url)) if is_coordinator else None
-            self._attempts[get_ident()] = _Attempt(url, replaces)
+            attempt = _Attempt(url, None)
+            if is_coordinator:
+                key = self._rules.new_data_key()
+                attempt = _Attempt(url, loop.run(lambda: self._prepare(url)), key)
+            self._attempts[get_ident()] = attempt
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuses what cannot be stored, by what the plan knows of it."""
@@ -169,8 +176,8 @@ class ObjectStoreWriter(StorageWriter):
         """
         with border(SaveFailedError, "the commit"):
             made = self._manifest(metadata, results)
-            data = manifest.encode(made)
             attempt = self._attempt()
+            data = manifest.encode(made) if attempt.key is None else seal(made, attempt.key)
             loop.run(lambda: self._commit(attempt, data, made.summary.save_id))
             log.info(
                 "saved %s: %d bytes in %d shards, %d entries",

@@ -25,7 +25,7 @@ from cloudckpt.errors import (
     StoreUnavailableError,
 )
 from cloudckpt.layout import MANIFEST, SHARDS
-from cloudckpt.manifest import Manifest, parse, parse_summary
+from cloudckpt.manifest import parse, parse_summary
 from cloudckpt.store.protocols import Blob, Condition, Delete, Get, IfAbsent, IfMatch, List, Put
 
 log = logging.getLogger(__name__)
@@ -66,20 +66,14 @@ class Replaced:
     shard_keys: tuple[str, ...]
 
 
-async def read_manifest(store: Reads) -> Manifest:
-    """The manifest of the committed checkpoint at the store's root.
+async def read_manifest_blob(store: Reads) -> Blob:
+    """The manifest object of the committed checkpoint at the store's root, not parsed but for its summary.
 
     Raises:
         NotCommittedError: shards are there but no manifest.
         CheckpointNotFoundError: nothing is there.
-        ManifestError: see `manifest.parse`.
+        ManifestError: see `manifest.parse_summary`.
     """
-    blob = await read_manifest_blob(store)
-    return parse(blob.data, f"{store.url}/{MANIFEST}")
-
-
-async def read_manifest_blob(store: Reads) -> Blob:
-    """The committed manifest's bytes, not parsed but for its summary; raises as `read_manifest`."""
     try:
         blob = await store.get(MANIFEST)
     except ObjectNotFoundError:

@@ -14,10 +14,20 @@ from cloudckpt.dtypes import DTYPES
 from cloudckpt.engine.fetching import RegionRead, StoredFrames
 from cloudckpt.engine.framing import FRAME_ALIGNMENT, MAX_FRAME_SIZE
 from cloudckpt.engine.read import ReadOptions
+from cloudckpt.engine.sealing import missing_key
 from cloudckpt.errors import CheckpointError, ManifestError
 from cloudckpt.extensions.chain import ShardChain, open_shard
 from cloudckpt.extensions.registry import ExtensionRegistry
-from cloudckpt.manifest import BytesEntry, Chunk, Entry, Manifest, TensorEntry, entry_problems, unpack
+from cloudckpt.manifest import (
+    BytesEntry,
+    Chunk,
+    Manifest,
+    OpenEntry,
+    SealedEntry,
+    TensorEntry,
+    entry_problems,
+    unpack,
+)
 from cloudckpt.ranges import Region
 
 
@@ -34,13 +44,16 @@ class Locator:
         self._chains = cache(self._open_chain)
         self._sound: set[str] = set()
 
-    def entry(self, key: str) -> Entry:
+    def entry(self, key: str) -> OpenEntry:
         """The entry of that key, which must be there.
 
         Raises:
+            EncryptionKeyError: it is a value that is encrypted, and no keys were given.
             ManifestError: what it claims cannot be.
         """
         entry = self._manifest.entries[key]
+        if isinstance(entry, SealedEntry):
+            raise missing_key(self._manifest, f"the value {key!r}")
         if key not in self._sound:
             problems = entry_problems(entry, self._manifest.shards)
             if problems:

@@ -70,7 +70,7 @@ class DataKey:
         """The same key, wrapped under another."""
         return type(self)(self._key, key_id, provider.wrap(key_id, self._key))
 
-    def encrypt(self, number: int, data: Buffer, aad: bytes) -> bytes:
+    def encrypt(self, number: int, data: Buffer, aad: Buffer) -> bytes:
         """Encrypts; the tag comes last.
 
         Args:
@@ -80,7 +80,7 @@ class DataKey:
         """
         return self._aead.encrypt(_nonce(number), data, aad)
 
-    def decrypt(self, number: int, data: Buffer, aad: bytes) -> bytes:
+    def decrypt(self, number: int, data: Buffer, aad: Buffer) -> bytes:
         """The inverse of `encrypt`.
 
         Raises:

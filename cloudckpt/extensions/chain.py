@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from cloudckpt.errors import IntegrityError, UsageError
-from cloudckpt.extensions.aesgcm import AesGcm
+from cloudckpt.extensions.aesgcm import AesGcm, DataKey
 from cloudckpt.extensions.base import Extension, FrameCodec, FrameContext, FrameTransformExtension
 from cloudckpt.extensions.byteplane import BytePlane
 from cloudckpt.extensions.streams import StreamCodec
@@ -108,7 +108,9 @@ class Chain:
         Raises:
             EncryptionKeyError: a key is missing.
         """
-        codecs = [e.start_shard() if isinstance(e, FrameTransformExtension) else _streamed(e) for e in self.extensions]
+        codecs = [
+            e.start_shard() if isinstance(e, FrameTransformExtension) else _streamed(e) for e in self.extensions
+        ]
         return ShardChain([e.get_descriptor() for e in self.extensions], codecs)
 
 
@@ -132,6 +134,15 @@ class Rules:
     def chains(self) -> list[Chain]:
         """All of them, in their order."""
         return [chain for _, chain in self._chains]
+
+    def new_data_key(self) -> DataKey | None:
+        """A data key for the manifest, under the first key that something is encrypted under; None if nothing is.
+
+        Raises:
+            EncryptionKeyError: that key is missing.
+        """
+        found = [e for _, chain in self._chains for e in chain.extensions if isinstance(e, AesGcm)]
+        return found[0].new_data_key() if found else None
 
     def chain_for(self, key: str) -> Chain:
         """The chain of that key's items."""

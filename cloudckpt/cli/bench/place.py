@@ -22,7 +22,7 @@ class Place:
         """Takes s3://bucket/prefix."""
         self._url = url
         s3 = S3Options(addressing_style=addressing_style)  # type: ignore[arg-type]
-        self._patient = StoreOptions(s3=s3)
+        self.store = StoreOptions(s3=s3)
         self._impatient = StoreOptions(s3=s3, retry=RetryOptions(retry_deadline_s=3))
         self._style = addressing_style
 
@@ -66,7 +66,7 @@ class Place:
             await client.create_bucket(Bucket=urlsplit(self._url).netloc, **where)
 
     async def _remove(self, url: str) -> None:
-        async with open_store(url, self._patient) as store:
+        async with open_store(url, self.store) as store:
             await store.delete([found.key async for found in store.list_objects()])
             for upload in [found async for found in store.list_uploads()]:
                 await store.abort_upload(upload)

