@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from cloudckpt import errors
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
 from cloudckpt.engine import loop
-from cloudckpt.engine.commit import read_manifest
+from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.layout import MANIFEST
+from cloudckpt.manifest import parse
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.url import StoreOptions, open_store
 from cloudckpt.testing import with_checkpoint_logging, with_temp_prefix
@@ -64,7 +65,7 @@ def keys_at(case):
 def manifest_at(case):
     async def read():
         async with open_store(case["url"], StoreOptions(s3=S3Options(**case["s3"]))) as store:
-            return await read_manifest(store)
+            return parse((await read_manifest_blob(store)).data, store.url)
 
     return loop.run(read)
 

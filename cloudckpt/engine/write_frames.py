@@ -39,6 +39,17 @@ class _Run:
     crc32c: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A frame as it is stored."""
+
+    runs: Sequence[_Run]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(run.data) for run in self.runs)
+
+
 @dataclass(slots=True)
 class _Part:
     """Runs that are not yet sent."""
@@ -70,7 +81,7 @@ class _Part:
 
     @property
     def crc32c(self) -> int:
-        return _combined((run.crc32c, len(run.data)) for run in self.runs)
+        return _crc32c_of(self.runs)
 
 
 class FramesUpload:
@@ -110,7 +121,7 @@ class FramesUpload:
 
     async def _fill(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         """Transforms all frames, and sends every full part on its way, and the last."""
-        pending: deque[asyncio.Task[list[_Run]]] = deque()
+        pending: deque[asyncio.Task[list[_Frame]]] = deque()
         for job in _jobs(self._frames, self._plan.frame_size):
             if len(pending) >= self._means.lookahead:
                 await self._absorb(pending.popleft(), group, clean_up)
@@ -128,29 +139,30 @@ class FramesUpload:
         scratch = self._sources[frame.item].scratch_nbytes(frame.at)
         return scratch + _COPIES * nbytes + self._chain.max_stored_size(nbytes)
 
-    async def _work(self, job: Sequence[PlannedFrame], cost: int) -> list[_Run]:
+    async def _work(self, job: Sequence[PlannedFrame], cost: int) -> list[_Frame]:
         async with self._means.workers:
-            runs = await in_thread(self._transform, job)
-        self._release(cost - sum(len(run.data) for run in runs))
-        return runs
+            frames = await in_thread(self._transform, job)
+        self._release(cost - sum(frame.nbytes for frame in frames))
+        return frames
 
-    def _transform(self, job: Sequence[PlannedFrame]) -> list[_Run]:
-        runs = []
+    def _transform(self, job: Sequence[PlannedFrame]) -> list[_Frame]:
+        frames = []
         for frame in job:
             source = self._sources[frame.item]
             scratch = np.empty(source.scratch_nbytes(frame.at), np.uint8).data
             stored = self._chain.transform(source.stage(frame.at, scratch), frame.context)
-            runs.append(_Run(stored, crc32c(stored)))
-        return runs
+            frames.append(_Frame([_Run(data, crc32c(data)) for data in stored]))
+        return frames
 
     async def _absorb(
-        self, job: "asyncio.Task[list[_Run]]", group: asyncio.TaskGroup, clean_up: AsyncExitStack
+        self, job: "asyncio.Task[list[_Frame]]", group: asyncio.TaskGroup, clean_up: AsyncExitStack
     ) -> None:
         await asyncio.wait([job])  # if it failed, the group cancels us here, and tells of it once
-        for run in job.result():
-            self._sizes.append(len(run.data))
-            self._checksums.append(run.crc32c)
-            self._open.add(run)
+        for frame in job.result():
+            self._sizes.append(frame.nbytes)
+            self._checksums.append(_crc32c_of(frame.runs))
+            for run in frame.runs:
+                self._open.add(run)
             while self._open.nbytes >= self._means.part_size:
                 await self._send(group, clean_up)
 
@@ -195,6 +207,10 @@ class FramesUpload:
             frame_sizes=pack(self._sizes),
         )
         return Written(shard, tuple(starts[frame] for frame in self._plan.frames))
+
+
+def _crc32c_of(runs: Iterable[_Run]) -> int:
+    return _combined((run.crc32c, len(run.data)) for run in runs)
 
 
 def _combined(runs: Iterable[tuple[int, int]]) -> int:

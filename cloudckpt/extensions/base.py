@@ -83,10 +83,13 @@ class FrameCodec(ABC):
         params: what `FrameTransformExtension.open_shard` needs to know again; kept in the manifest for anyone
             to read.
         is_optional: whether a frame that this would not make smaller is left as it is.
+        reuses_memory: whether what `transform` returns lies in memory that its next call in the same thread takes
+            again (touching fresh pages costs more than filling them), or in that of what it was given.
     """
 
     params: Mapping[str, str] = {}
     is_optional: bool = False
+    reuses_memory: bool = False
 
     @abstractmethod
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
@@ -98,7 +101,7 @@ class FrameCodec(ABC):
             frame: which frame it is.
 
         Returns:
-            The transformed bytes, in one section or several. May be views of ``sections``.
+            The transformed bytes, in one section or several; views of ``sections`` only if `reuses_memory`.
         """
 
     @abstractmethod

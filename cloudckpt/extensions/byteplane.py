@@ -7,6 +7,7 @@ lower bits of mantissas, which do not, keep to themselves.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import local
 from typing import IO, Any, Self, cast
 
 import numpy as np
@@ -43,7 +44,7 @@ class BytePlane(FrameTransformExtension):
         return "stream.byteplane"
 
     @classmethod
-    def from_descriptor(cls, version: str) -> Self:  # type: ignore[override]
+    def from_descriptor(cls, version: str) -> Self:
         """See `Extension.from_descriptor`."""
         if version == _VERSION:
             return cls()
@@ -84,9 +85,12 @@ class BytePlane(FrameTransformExtension):
 class BytePlaneCodec(FrameCodec):
     """Byte planes at work on frames."""
 
+    reuses_memory = True
+
     def __init__(self, width: int | None) -> None:
         """Splits by ``width``, or by each item's own."""
         self._width = width
+        self._of_thread = local()
 
     def stored_size(self, nbytes: int) -> int:
         """See `FrameCodec.stored_size`."""
@@ -95,7 +99,13 @@ class BytePlaneCodec(FrameCodec):
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
         """See `FrameCodec.transform`."""
         plain = sections[0] if len(sections) == 1 else memoryview(b"".join(sections))
-        return split(plain, self._width or frame.width)
+        return split(plain, self._width or frame.width, self._scratch(len(plain)))
+
+    def _scratch(self, nbytes: int) -> "np.ndarray[Any, Any]":
+        scratch: np.ndarray[Any, Any] | None = getattr(self._of_thread, "scratch", None)
+        if scratch is None or len(scratch) < nbytes:
+            scratch = self._of_thread.scratch = np.empty(nbytes, np.uint8)
+        return scratch
 
     def restore(self, stored: memoryview, frame: FrameContext, *, limit: int) -> Buffer:
         """See `FrameCodec.restore`."""
@@ -103,13 +113,19 @@ class BytePlaneCodec(FrameCodec):
         return join(stored, self._width or frame.width)
 
 
-def split(plain: memoryview, width: int) -> list[memoryview]:
-    """The planes, lowest byte first, and what is less than a number at the end; without those that are empty."""
+def split(plain: memoryview, width: int, scratch: "np.ndarray[Any, Any]") -> list[memoryview]:
+    """The planes, lowest byte first, and what is less than a number at the end; without those that are empty.
+
+    Args:
+        plain: to be split.
+        width: bytes of a number.
+        scratch: as many bytes, which the planes will lie in.
+    """
     count = len(plain) // width
     if width == 1 or not count:
         return [plain]
     numbers = np.frombuffer(plain, np.uint8, count * width)
-    planes = np.empty((width, count), np.uint8)
+    planes = scratch[: count * width].reshape(width, count)
     if width == 2:  # 1.4 times as fast as a strided copy
         for i, plane in enumerate(planes):
             np.right_shift(numbers.view("<u2"), 8 * i, out=plane, casting="unsafe")
@@ -157,7 +173,7 @@ class _Writer(io.RawIOBase):
     def _send(self, nbytes: int) -> None:
         for start in range(0, nbytes, _BLOCK_NBYTES):
             block = memoryview(bytes(self._waiting[start : min(nbytes, start + _BLOCK_NBYTES)]))
-            self._output.write(b"".join(split(block, self._width)))
+            self._output.write(b"".join(split(block, self._width, np.empty(len(block), np.uint8))))
         del self._waiting[:nbytes]
 
 

@@ -39,13 +39,14 @@ class ShardChain:
             nbytes = min(nbytes, most) if codec.is_optional and size is not None else most
         return nbytes
 
-    def transform(self, data: memoryview, frame: FrameContext) -> memoryview:
-        """The frame's bytes as they are stored.
+    def transform(self, data: memoryview, frame: FrameContext) -> Sequence[memoryview]:
+        """The frame's bytes as they are stored, in order, not joined.
 
         Raises:
             UsageError: an extension makes more of them than could be read back.
         """
         sections: Sequence[memoryview] = [data]
+        is_lent = False
         for size, codec, name in zip(self._sizes(len(data)), self._codecs, self.descriptors, strict=False):
             given = _nbytes(sections)
             made = [memoryview(section) for section in codec.transform(sections, frame)]
@@ -54,14 +55,14 @@ class ShardChain:
             if _nbytes(made) > codec.max_stored_size(given):
                 msg = f"the extension {name} makes {_nbytes(made)} bytes of {given}; more than it may"
                 raise UsageError(msg)
-            sections = made
-        return sections[0] if len(sections) == 1 else memoryview(b"".join(sections))
+            sections, is_lent = made, codec.reuses_memory
+        return [memoryview(b"".join(sections))] if is_lent else sections
 
     def restore(self, stored: memoryview, frame: FrameContext, nbytes: int) -> memoryview:
         """The plain bytes of a frame.
 
         Args:
-            stored: what `transform` returned.
+            stored: what `transform` returned, joined.
             frame: which frame it is.
             nbytes: how many plain bytes it has.
 
@@ -170,11 +171,12 @@ def open_shard(
     Raises:
         EncryptionKeyError: a key is missing or wrong.
     """
-    codecs = []
+    codecs: list[FrameCodec] = []
     for i, extension in enumerate(extensions):
-        known = params[i] if i < len(params) else {}
-        is_framed = isinstance(extension, FrameTransformExtension)
-        codecs.append(extension.open_shard(known) if is_framed else _streamed(extension))
+        if isinstance(extension, FrameTransformExtension):
+            codecs.append(extension.open_shard(params[i] if i < len(params) else {}))
+        else:
+            codecs.append(_streamed(extension))
     return ShardChain(descriptors, codecs)
 
 
@@ -192,7 +194,7 @@ def _check(chain: Chain) -> None:
         after = [e.get_descriptor() for e in chain.extensions[i + 1 :] if isinstance(e, ZStandard | BytePlane)]
         if isinstance(extension, AesGcm) and after:
             warnings.warn(
-                f"{', '.join(after)} after encryption gains nothing: encrypted bytes do not compress; put AesGcm last",
+                f"{', '.join(after)} after encryption gains nothing: what is encrypted does not compress",
                 stacklevel=5,
             )
 

@@ -9,7 +9,7 @@ import os
 from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from cloudckpt.errors import EncryptionKeyError, MissingLibraryError
 
@@ -61,16 +61,18 @@ class LocalKeys:
     def wrap(self, key_id: str, data_key: bytes) -> bytes:
         """See `KeyProvider.wrap`."""
         key = self._key(key_id)
-        return _keywrap().aes_key_wrap(key, data_key)
+        wrapped: bytes = _keywrap().aes_key_wrap(key, data_key)
+        return wrapped
 
     def unwrap(self, key_id: str, wrapped_key: bytes) -> bytes:
         """See `KeyProvider.unwrap`."""
         key, keywrap = self._key(key_id), _keywrap()
         try:
-            return keywrap.aes_key_unwrap(key, wrapped_key)
+            data_key: bytes = keywrap.aes_key_unwrap(key, wrapped_key)
         except (keywrap.InvalidUnwrap, ValueError):
-            msg = f"the key given for id {key_id!r} is not the one this was encrypted under (or its wrapped key is damaged)"
+            msg = f"the key given for id {key_id!r} is another than this was encrypted under, or that is damaged"
             raise EncryptionKeyError(msg) from None
+        return data_key
 
     def _key(self, key_id: str) -> bytes:
         try:
@@ -132,7 +134,7 @@ def _decoded(text: str, what: str) -> bytes:
         raise EncryptionKeyError(msg) from None
 
 
-def _keywrap():  # type: ignore[no-untyped-def]  # noqa: ANN202 - a module
+def _keywrap() -> Any:
     try:
         from cryptography.hazmat.primitives import keywrap
     except ImportError as e:

@@ -48,7 +48,7 @@ class ExtensionRegistry:
         cls = self.extensions.get(name)
         if cls is None:
             msg = (
-                f"no extension named {name!r} is registered; known are {', '.join(sorted(self.extensions))}. Register "
+                f"no extension named {name!r} is registered, only {', '.join(sorted(self.extensions))}. Register "
                 "its class: registry = ExtensionRegistry(); registry.register(...); pass registry="
             )
             raise UnknownExtensionError(msg)

@@ -92,12 +92,12 @@ class Zstandard(Library):
 
     def compressor(self, level: int, *, is_entropy_only: bool = False) -> Compress:
         """See `Library.compressor`."""
-        if not is_entropy_only:
-            made: Compress = self._zstd.ZstdCompressor(level=level).compress
-            return made
-        hash_log, min_match = _ENTROPY_ONLY
-        params = self._zstd.ZstdCompressionParameters.from_level(level, hash_log=hash_log, min_match=min_match)
-        made = self._zstd.ZstdCompressor(compression_params=params).compress
+        compressor = self._zstd.ZstdCompressor(level=level)
+        if is_entropy_only:
+            hash_log, min_match = _ENTROPY_ONLY
+            params = self._zstd.ZstdCompressionParameters.from_level(level, hash_log=hash_log, min_match=min_match)
+            compressor = self._zstd.ZstdCompressor(compression_params=params)
+        made: Compress = compressor.compress
         return made
 
     def decompress(self, frame: memoryview, size: int) -> bytes:
