@@ -8,11 +8,11 @@ import io
 import json
 import os
 from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, ClassVar, Self, cast
 
-from cloudckpt.errors import EncryptionKeyError, IntegrityError, UnknownExtensionError, UsageError
+from cloudckpt.errors import CheckpointError, EncryptionKeyError, IntegrityError, UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
 from cloudckpt.extensions.keys import KEY_NBYTES, KeyProvider, Keys, missing_cryptography, provider_of
 
@@ -50,7 +50,7 @@ class DataKey:
     def new(cls, key_id: str, provider: KeyProvider) -> Self:
         """Makes one; raises `EncryptionKeyError` if the key to wrap it under is missing."""
         key = os.urandom(KEY_NBYTES)
-        return cls(key, key_id, provider.wrap(key_id, key))
+        return cls(key, key_id, _asked(key_id, lambda: provider.wrap(key_id, key)))
 
     @classmethod
     def open(cls, params: Mapping[str, str], provider: KeyProvider | None) -> Self:
@@ -64,11 +64,11 @@ class DataKey:
         except ValueError:
             msg = f"the wrapped key under id {key_id!r} is not base64: the manifest is damaged"
             raise EncryptionKeyError(msg) from None
-        return cls(provider.unwrap(key_id, wrapped), key_id, wrapped)
+        return cls(_asked(key_id, lambda: provider.unwrap(key_id, wrapped)), key_id, wrapped)
 
     def rewrapped(self, key_id: str, provider: KeyProvider) -> Self:
         """The same key, wrapped under another."""
-        return type(self)(self._key, key_id, provider.wrap(key_id, self._key))
+        return type(self)(self._key, key_id, _asked(key_id, lambda: provider.wrap(key_id, self._key)))
 
     def encrypt(self, number: int, data: Buffer, aad: Buffer) -> bytes:
         """Encrypts; the tag comes last.
@@ -100,6 +100,16 @@ class DataKey:
     def __reduce__(self) -> Any:
         msg = "a data key is not to be pickled"
         raise TypeError(msg)
+
+
+def _asked(key_id: str, ask: Callable[[], bytes]) -> bytes:
+    try:
+        return ask()
+    except CheckpointError:
+        raise
+    except Exception as e:
+        msg = f"the key provider failed for id {key_id!r}: {type(e).__name__}: {e}"
+        raise EncryptionKeyError(msg) from e
 
 
 def _nonce(number: int) -> bytes:

@@ -187,8 +187,8 @@ def _streamed(extension: Extension) -> FrameCodec:
 def _check(chain: Chain) -> None:
     for extension in chain.extensions:
         for method in ("get_descriptor", "transform_to", "transform_from"):
-            if not callable(getattr(extension, method, None)):
-                msg = f"extensions= holds {extension!r}, which has no {method}(); see cloudckpt.extensions"
+            if isinstance(extension, type) or not callable(getattr(extension, method, None)):
+                msg = f"extensions= holds {extension!r}, which is no object with {method}(); see cloudckpt.extensions"
                 raise UsageError(msg)
     for i, extension in enumerate(chain.extensions):
         after = [e.get_descriptor() for e in chain.extensions[i + 1 :] if isinstance(e, ZStandard | BytePlane)]

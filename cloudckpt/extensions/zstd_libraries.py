@@ -5,6 +5,7 @@ Law: imported when first needed, `zstandard` before `pyzstd`; their errors leave
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from cloudckpt.errors import MissingLibraryError
@@ -150,8 +151,7 @@ class Pyzstd(Library):
         options = {self._zstd.CParameter.compressionLevel: level}
         if is_entropy_only:
             options[self._zstd.CParameter.hashLog], options[self._zstd.CParameter.minMatch] = _ENTROPY_ONLY
-        made: Compress = self._zstd.RichMemZstdCompressor(options).compress
-        return made
+        return partial(self._zstd.compress, level_or_option=options)
 
     def decompress(self, frame: memoryview, size: int) -> bytes:
         """See `Library.decompress`."""
