@@ -28,6 +28,7 @@ from cloudckpt import errors
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
 from cloudckpt.engine import loop
 from cloudckpt.engine.commit import read_manifest_blob
+from cloudckpt.extensions import AesGcm, BytePlane, ZStandard
 from cloudckpt.layout import MANIFEST
 from cloudckpt.manifest import parse
 from cloudckpt.store.s3_options import S3Options
@@ -302,13 +303,49 @@ def a_temporary_prefix_is_shared_by_all_ranks_and_removed_after(case):
     assert keys_at(case) == ([], [])
 
 
+KEYS = {"k": bytes(range(32))}
+
+
+def extensions_by_pattern_on_every_rank(case):
+    planes = [BytePlane(), ZStandard()]
+    chains = {"optim.*": planes, "plain": [], "*": [*planes, AesGcm("k", KEYS)]}
+    model, optimizer = sharded(0)
+    train(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": moments, "plain": whole(9, seed=4)}
+    dcp.save(state, storage_writer=writer(case, extensions=chains))
+    expected = train(model, optimizer)
+    shards = manifest_at(case).shards
+    assert len({s.extensions for s in shards}) == 3
+    assert len(shards) in (5, 6)  # the plain tensor is one rank's
+    wrapped = [p["wrapped_key"] for s in shards for p in s.extension_params if p]
+    assert len(set(wrapped)) == len(wrapped) == 2
+    model, optimizer = sharded(1)
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": moments, "plain": torch.zeros(9)}
+    dcp.load(state, storage_reader=reader(case, keys=KEYS))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
+    assert torch.equal(state["plain"], whole(9, seed=4))
+    assert train(model, optimizer) == expected
+
+
+def a_key_that_one_rank_lacks_fails_all_before_anything_is_committed(case):
+    mine = KEYS if dist.get_rank() == 0 else {}
+    state = {"rows": distribute_tensor(whole(7, 5, seed=1), mesh(), [Shard(0)])}
+    chain = [AesGcm("k", mine)]
+    failures = failures_of(lambda: dcp.save(state, storage_writer=writer(case, extensions=chain)))
+    assert {rank: type(failure) for rank, failure in failures.items()} == {1: errors.EncryptionKeyError}
+    dist.barrier()
+    assert MANIFEST not in keys_at(case)[0]
+
+
 def saved_by_two_for_others_to_load(case):
     state = {
         "rows": distribute_tensor(whole(7, 5, seed=1), mesh(), [Shard(0)]),
         "columns": distribute_tensor(whole(6, 10, seed=2), mesh(), [Shard(1)]),
         "step": 12,
     }
-    dcp.save(state, storage_writer=writer(case))
+    dcp.save(state, storage_writer=writer(case, extensions={"columns": [BytePlane(), ZStandard()]}))
 
 
 # Cases of four ranks.

@@ -20,9 +20,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 from cloudckpt import errors
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
 from cloudckpt.engine import loop
-from cloudckpt.engine.commit import read_manifest
+from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.layout import MANIFEST, shard_key
-from cloudckpt.manifest import encode
+from cloudckpt.manifest import encode, parse
 from cloudckpt.store.memory import _buckets
 from cloudckpt.store.url import open_store
 
@@ -86,7 +86,7 @@ def get_at(url, key):
 def manifest_at(url):
     async def read():
         async with open_store(url) as store:
-            return await read_manifest(store)
+            return parse((await read_manifest_blob(store)).data, url)
 
     return loop.run(read)
 

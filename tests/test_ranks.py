@@ -32,6 +32,8 @@ TWO = [
     "nothing_there_is_told_to_all_ranks",
     "a_temporary_prefix_is_shared_by_all_ranks_and_removed_after",
     "saved_by_two_for_others_to_load",
+    "extensions_by_pattern_on_every_rank",
+    "a_key_that_one_rank_lacks_fails_all_before_anything_is_committed",
 ]
 
 
