@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -32,56 +32,38 @@ LEAST_FRAMES = 12
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Stored bytes and their CRC32C."""
-
-    data: memoryview
-    crc32c: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Frame:
-    """A frame as it is stored."""
+    """A frame as it is stored: its sections, in order, and the CRC32C of them all."""
 
-    runs: Sequence[_Run]
+    sections: Sequence[memoryview]
+    crc32c: int
 
     @property
     def nbytes(self) -> int:
-        return sum(len(run.data) for run in self.runs)
+        return sum(map(len, self.sections))
 
 
 @dataclass(slots=True)
 class _Part:
-    """Runs that are not yet sent."""
+    """A part being filled: a buffer that is used again, or what many frames held would be scattered over memory."""
 
-    runs: deque[_Run] = field(default_factory=deque)
+    buffer: memoryview
     nbytes: int = 0
 
-    def add(self, run: _Run) -> None:
-        self.runs.append(run)
-        self.nbytes += len(run.data)
-
-    def cut(self, size: int) -> "_Part":
-        """Takes out the first ``size`` bytes, or all."""
-        first = _Part()
-        while self.runs and first.nbytes < size:
-            run = self.runs.popleft()
-            room = size - first.nbytes
-            if len(run.data) > room:
-                rest, data = run.data[room:], run.data[:room]
-                self.runs.appendleft(_Run(rest, crc32c(rest)))
-                run = _Run(data, crc32c(data))
-            first.add(run)
-        self.nbytes -= first.nbytes
-        return first
+    def fill(self, data: memoryview) -> memoryview:
+        """Takes what there is room for, and returns the rest."""
+        room = min(len(data), len(self.buffer) - self.nbytes)
+        self.buffer[self.nbytes : self.nbytes + room] = data[:room]
+        self.nbytes += room
+        return data[room:]
 
     @property
-    def body(self) -> list[memoryview]:
-        return [run.data for run in self.runs]
+    def is_full(self) -> bool:
+        return self.nbytes == len(self.buffer)
 
     @property
-    def crc32c(self) -> int:
-        return _crc32c_of(self.runs)
+    def data(self) -> memoryview:
+        return self.buffer[: self.nbytes]
 
 
 class FramesUpload:
@@ -102,7 +84,7 @@ class FramesUpload:
         self._sources = sources
         self._means = means
         self._held = 0
-        self._open = _Part()
+        self._open = self._new_part()
         self._sizes: list[int] = []
         self._checksums: list[int] = []
         self._upload: Upload | None = None
@@ -151,7 +133,10 @@ class FramesUpload:
             source = self._sources[frame.item]
             scratch = np.empty(source.scratch_nbytes(frame.at), np.uint8).data
             stored = self._chain.transform(source.stage(frame.at, scratch), frame.context)
-            frames.append(_Frame([_Run(data, crc32c(data)) for data in stored]))
+            checksum = 0
+            for section in stored:
+                checksum = crc32c(section, checksum)
+            frames.append(_Frame(stored, checksum))
         return frames
 
     async def _absorb(
@@ -160,32 +145,39 @@ class FramesUpload:
         await asyncio.wait([job])  # if it failed, the group cancels us here, and tells of it once
         for frame in job.result():
             self._sizes.append(frame.nbytes)
-            self._checksums.append(_crc32c_of(frame.runs))
-            for run in frame.runs:
-                self._open.add(run)
-            while self._open.nbytes >= self._means.part_size:
-                await self._send(group, clean_up)
+            self._checksums.append(frame.crc32c)
+            for section in frame.sections:
+                rest = self._open.fill(section)
+                while self._open.is_full:
+                    await self._send(group, clean_up)
+                    rest = self._open.fill(rest)
 
     async def _send(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         if self._upload is None:
             self._upload = await self._means.store.create_upload(self._plan.key)
             await clean_up.enter_async_context(aborting(self._means.store, self._upload))
-        part = self._open.cut(self._means.part_size)
+        part, self._open = self._open, self._new_part()
         self._parts.append(group.create_task(self._put_part(self._upload, len(self._parts), part)))
 
     async def _put_part(self, upload: Upload, index: int, part: _Part) -> Part:
         offset = index * self._means.part_size
         async with self._means.requests:
-            done = await self._means.store.put_part(upload, index + 1, offset, part.body, crc32c=part.crc32c)
+            checksum = await in_thread(crc32c, part.data)
+            done = await self._means.store.put_part(upload, index + 1, offset, [part.data], crc32c=checksum)
+        self._means.pool.give(part.buffer)
         self._release(part.nbytes)
         return done
 
     async def _complete(self) -> None:
         store, whole = self._means.store, self._crc32c()
         if self._upload is None:
-            await store.put(self._plan.key, self._open.body, crc32c=whole)
+            await store.put(self._plan.key, [self._open.data], crc32c=whole)
         else:
             await store.complete_upload(self._upload, [part.result() for part in self._parts], crc32c=whole)
+        self._means.pool.give(self._open.buffer)
+
+    def _new_part(self) -> _Part:
+        return _Part(self._means.pool.take(self._means.part_size))
 
     def _release(self, nbytes: int) -> None:
         self._held -= nbytes
@@ -207,10 +199,6 @@ class FramesUpload:
             frame_sizes=pack(self._sizes),
         )
         return Written(shard, tuple(starts[frame] for frame in self._plan.frames))
-
-
-def _crc32c_of(runs: Iterable[_Run]) -> int:
-    return _combined((run.crc32c, len(run.data)) for run in runs)
 
 
 def _combined(runs: Iterable[tuple[int, int]]) -> int:

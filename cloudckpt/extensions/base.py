@@ -113,6 +113,9 @@ class FrameCodec(ABC):
             frame: which frame it is.
             limit: the plain bytes that may come out, and that memory may be taken for.
 
+        Returns:
+            The plain bytes, which may lie in memory that the next call in the same thread takes again.
+
         Raises:
             ValueError: ``stored`` is damaged, not authentic, followed by other bytes, or is more than ``limit``
                 when restored. The caller adds where it lay.

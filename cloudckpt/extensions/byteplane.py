@@ -7,13 +7,13 @@ lower bits of mantissas, which do not, keep to themselves.
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import local
 from typing import IO, Any, Self, cast
 
 import numpy as np
 
 from cloudckpt.errors import UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
+from cloudckpt.extensions.scratch import Scratch
 
 _WIDTHS = (1, 2, 4, 8, 16)
 _BLOCK_NBYTES = 1 << 20
@@ -90,7 +90,7 @@ class BytePlaneCodec(FrameCodec):
     def __init__(self, width: int | None) -> None:
         """Splits by ``width``, or by each item's own."""
         self._width = width
-        self._of_thread = local()
+        self._planes, self._plain = Scratch(), Scratch()
 
     def stored_size(self, nbytes: int) -> int:
         """See `FrameCodec.stored_size`."""
@@ -99,33 +99,27 @@ class BytePlaneCodec(FrameCodec):
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
         """See `FrameCodec.transform`."""
         plain = sections[0] if len(sections) == 1 else memoryview(b"".join(sections))
-        return split(plain, self._width or frame.width, self._scratch(len(plain)))
-
-    def _scratch(self, nbytes: int) -> "np.ndarray[Any, Any]":
-        scratch: np.ndarray[Any, Any] | None = getattr(self._of_thread, "scratch", None)
-        if scratch is None or len(scratch) < nbytes:
-            scratch = self._of_thread.scratch = np.empty(nbytes, np.uint8)
-        return scratch
+        return split(plain, self._width or frame.width, self._planes.take(len(plain)))
 
     def restore(self, stored: memoryview, frame: FrameContext, *, limit: int) -> Buffer:
         """See `FrameCodec.restore`."""
         del limit
-        return join(stored, self._width or frame.width)
+        return join(stored, self._width or frame.width, self._plain.take(len(stored)))
 
 
-def split(plain: memoryview, width: int, scratch: "np.ndarray[Any, Any]") -> list[memoryview]:
+def split(plain: memoryview, width: int, into: memoryview) -> list[memoryview]:
     """The planes, lowest byte first, and what is less than a number at the end; without those that are empty.
 
     Args:
         plain: to be split.
         width: bytes of a number.
-        scratch: as many bytes, which the planes will lie in.
+        into: as many bytes, which the planes will lie in.
     """
     count = len(plain) // width
     if width == 1 or not count:
         return [plain]
     numbers = np.frombuffer(plain, np.uint8, count * width)
-    planes = scratch[: count * width].reshape(width, count)
+    planes = np.frombuffer(into, np.uint8, count * width).reshape(width, count)
     if width == 2:  # 1.4 times as fast as a strided copy
         for i, plane in enumerate(planes):
             np.right_shift(numbers.view("<u2"), 8 * i, out=plane, casting="unsafe")
@@ -135,18 +129,18 @@ def split(plain: memoryview, width: int, scratch: "np.ndarray[Any, Any]") -> lis
     return [*(plane.data for plane in planes), *([rest] if len(rest) else [])]
 
 
-def join(stored: memoryview, width: int) -> memoryview:
-    """The inverse of `split`, of its sections joined."""
+def join(stored: memoryview, width: int, into: memoryview) -> memoryview:
+    """The inverse of `split`, of its sections joined; the numbers will lie in ``into``, as long as ``stored``."""
     count = len(stored) // width
     if width == 1 or not count:
         return stored
-    plain = np.empty(len(stored), np.uint8)
+    plain = np.frombuffer(into, np.uint8)
     planes = np.frombuffer(stored, np.uint8, count * width).reshape(width, count)
     numbers: np.ndarray[Any, Any] = plain[: count * width].reshape(count, width)
     for i in range(width):
         numbers[:, i] = planes[i]
     plain[count * width :] = np.frombuffer(stored, np.uint8)[count * width :]
-    return plain.data
+    return into
 
 
 class _Writer(io.RawIOBase):
@@ -173,7 +167,7 @@ class _Writer(io.RawIOBase):
     def _send(self, nbytes: int) -> None:
         for start in range(0, nbytes, _BLOCK_NBYTES):
             block = memoryview(bytes(self._waiting[start : min(nbytes, start + _BLOCK_NBYTES)]))
-            self._output.write(b"".join(split(block, self._width, np.empty(len(block), np.uint8))))
+            self._output.write(b"".join(split(block, self._width, memoryview(bytearray(len(block))))))
         del self._waiting[:nbytes]
 
 
@@ -189,7 +183,8 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Buffer) -> int:  # type: ignore[override]
         into = memoryview(buffer)
         if not len(self._plain):
-            self._plain = join(memoryview(_read_block(self._source)), self._width)
+            block = memoryview(_read_block(self._source))
+            self._plain = join(block, self._width, memoryview(bytearray(len(block))))
         count = min(len(into), len(self._plain))
         into[:count], self._plain = self._plain[:count], self._plain[count:]
         return count

@@ -11,6 +11,7 @@ from typing import IO, Self, cast
 
 from cloudckpt.errors import IntegrityError, UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
+from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.extensions.zstd_frames import zstd_frames
 from cloudckpt.extensions.zstd_libraries import Compress, Library, library
 
@@ -95,6 +96,7 @@ class ZstdCodec(FrameCodec):
     def __init__(self, level: int, zstd: Library) -> None:
         """Makes no context yet."""
         self._zstd = zstd
+        self._plain = Scratch()
         self._ways = (
             _Pool(lambda: zstd.compressor(level, is_entropy_only=True)),
             _Pool(lambda: zstd.compressor(level)),
@@ -122,24 +124,26 @@ class ZstdCodec(FrameCodec):
     def restore(self, stored: memoryview, frame: FrameContext, *, limit: int) -> Buffer:
         """See `FrameCodec.restore`."""
         del frame
-        restored = []
-        for part in zstd_frames(stored):
+        frames = list(zstd_frames(stored))
+        for part in frames:
             if part.window > max(_LEAST_WINDOW, 2 * limit):
                 msg = f"it asks for {part.window} bytes of memory"
                 raise ValueError(msg)
-            if part.size is None:
-                plain = self._zstd.decompress_up_to(part.data, limit + 1)
-            elif part.size <= min(limit, part.max_size):
-                plain = self._zstd.decompress(part.data, part.size)
-            else:
-                msg = f"it claims to restore to {part.size} bytes, where there should be {limit} left"
+            if part.size is not None and part.size > part.max_size:
+                msg = f"it claims to restore to {part.size} bytes, its blocks to no more than {part.max_size}"
                 raise ValueError(msg)
-            if len(plain) > limit or len(plain) != (part.size if part.size is not None else len(plain)):
-                msg = f"it restores to {len(plain)} bytes, where there should be {limit} left"
-                raise ValueError(msg)
-            limit -= len(plain)
-            restored.append(plain)
-        return restored[0] if len(restored) == 1 else b"".join(restored)
+        claimed = sum(part.size or 0 for part in frames)
+        if claimed > limit:
+            msg = f"it claims to restore to {claimed} bytes, where there should be {limit}"
+            raise ValueError(msg)
+        plain = self._plain.take(
+            min(limit, sum(part.max_size if part.size is None else part.size for part in frames))
+        )
+        filled = 0
+        for part in frames:
+            room = plain[filled:] if part.size is None else plain[filled : filled + part.size]
+            filled += self._zstd.decompress(part.data, room)
+        return plain[:filled]
 
 
 class _Pool:

@@ -53,16 +53,12 @@ class Library(ABC):
         """Compresses at a level; with ``is_entropy_only`` hardly looking for matches."""
 
     @abstractmethod
-    def decompress(self, frame: memoryview, size: int) -> bytes:
-        """One whole frame that says it restores to ``size`` bytes.
+    def decompress(self, frame: memoryview, into: memoryview) -> int:
+        """Restores one whole frame and returns how many bytes it made.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or makes more than there is room for, or other than it says.
         """
-
-    @abstractmethod
-    def decompress_up_to(self, frame: memoryview, limit: int) -> bytes:
-        """The first ``limit`` bytes of a whole frame; raises as `decompress`."""
 
     @abstractmethod
     def compressing(self, level: int) -> Compressing:
@@ -101,24 +97,15 @@ class Zstandard(Library):
         made: Compress = compressor.compress
         return made
 
-    def decompress(self, frame: memoryview, size: int) -> bytes:
+    def decompress(self, frame: memoryview, into: memoryview) -> int:
         """See `Library.decompress`."""
-        if not size:  # it takes a size of 0 for one that is not told
-            return self.decompress_up_to(frame, 1)
         try:
-            restored: bytes = self._zstd.ZstdDecompressor().decompress(frame)
+            with self._zstd.ZstdDecompressor().stream_reader(frame, closefd=False) as reader:
+                nbytes: int = reader.readinto(into) if len(into) else 0
+                more: bytes = reader.read(1)
         except self._zstd.ZstdError as e:
             raise ValueError(str(e)) from e
-        return restored
-
-    def decompress_up_to(self, frame: memoryview, limit: int) -> bytes:
-        """See `Library.decompress_up_to`."""
-        try:
-            with self._zstd.ZstdDecompressor().stream_reader(frame) as reader:
-                restored: bytes = reader.read(limit)
-        except self._zstd.ZstdError as e:
-            raise ValueError(str(e)) from e
-        return restored
+        return _checked(nbytes, more)
 
     def compressing(self, level: int) -> Compressing:
         """See `Library.compressing`."""
@@ -153,17 +140,16 @@ class Pyzstd(Library):
             options[self._zstd.CParameter.hashLog], options[self._zstd.CParameter.minMatch] = _ENTROPY_ONLY
         return partial(self._zstd.compress, level_or_option=options)
 
-    def decompress(self, frame: memoryview, size: int) -> bytes:
+    def decompress(self, frame: memoryview, into: memoryview) -> int:
         """See `Library.decompress`."""
-        return self.decompress_up_to(frame, max(1, size))
-
-    def decompress_up_to(self, frame: memoryview, limit: int) -> bytes:
-        """See `Library.decompress_up_to`."""
+        decompressor = self._zstd.ZstdDecompressor()
         try:
-            restored: bytes = self._zstd.ZstdDecompressor().decompress(frame, limit)
+            plain: bytes = decompressor.decompress(frame, len(into)) if len(into) else b""
+            more: bytes = b"" if decompressor.eof else decompressor.decompress(b"" if len(into) else frame, 1)
         except self._zstd.ZstdError as e:
             raise ValueError(str(e)) from e
-        return restored
+        into[: len(plain)] = plain
+        return _checked(len(plain), more)
 
     def compressing(self, level: int) -> Compressing:
         """See `Library.compressing`."""
@@ -180,6 +166,13 @@ class Pyzstd(Library):
         """See `Library.error`."""
         error: type[Exception] = self._zstd.ZstdError
         return error
+
+
+def _checked(nbytes: int, more: bytes) -> int:
+    if more:
+        msg = f"it restores to more than the {nbytes} bytes there should be"
+        raise ValueError(msg)
+    return nbytes
 
 
 def library() -> Library:

@@ -65,28 +65,37 @@ def measure(rounds: int) -> Iterator[WeightsFigure]:
         frames = list(_frames(tensors))
         for threads in THREADS:
             chains = {name: Chain(some).start_shard() for name, some in extensions.items()}
+            stored = {name: _stored(chain, frames) for name, chain in chains.items()}
             click.echo(f"{NAME}: {dtype}, {threads} thread{'s' * (threads > 1)}", err=True)
             with ThreadPoolExecutor(threads) as pool:
                 runs = []
                 for _ in range(ROUNDS * rounds + 1):
-                    runs.append({name: _run(chain, frames, pool) for name, chain in chains.items()})
+                    runs.append({name: _run(chain, frames, stored[name], pool) for name, chain in chains.items()})
                     chains = dict(reversed(chains.items()))
             yield from _figures(dtype, threads, frames, runs[1:])  # the first warms up
 
 
-def _run(chain: ShardChain, frames: Sequence[_Frame], pool: ThreadPoolExecutor) -> _Cost:
-    began = perf_counter()
-    made = list(pool.map(lambda f: chain.transform(f.data, f.context), frames))
-    up_s = perf_counter() - began
-    stored = [memoryview(b"".join(sections)) for sections in made]
-    nbytes = sum(map(len, stored))
-
-    began = perf_counter()
-    restored = list(pool.map(lambda data, f: chain.restore(data, f.context, len(f.data)), stored, frames))
-    down_s = perf_counter() - began
-    if any(data != frame.data for data, frame in zip(restored, frames, strict=True)):
+def _stored(chain: ShardChain, frames: Sequence[_Frame]) -> list[memoryview]:
+    """What the frames become, proven to be them."""
+    stored = [memoryview(b"".join(chain.transform(f.data, f.context))) for f in frames]
+    if any(chain.restore(s, f.context, len(f.data)) != f.data for s, f in zip(stored, frames, strict=True)):
         msg = "what was restored is not what was transformed"
         raise click.ClickException(msg)
+    return stored
+
+
+def _run(
+    chain: ShardChain, frames: Sequence[_Frame], stored: Sequence[memoryview], pool: ThreadPoolExecutor
+) -> _Cost:
+    """One round; what is made is dropped, as the writer copies it to a part at once."""
+    began = perf_counter()
+    nbytes = sum(pool.map(lambda f: sum(map(len, chain.transform(f.data, f.context))), frames))
+    up_s = perf_counter() - began
+
+    began = perf_counter()
+    for _ in pool.map(lambda data, f: len(chain.restore(data, f.context, len(f.data))), stored, frames):
+        pass
+    down_s = perf_counter() - began
     return _Cost(nbytes, up_s, down_s)
 
 
