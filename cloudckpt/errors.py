@@ -37,7 +37,7 @@ class CommitUnknownError(CheckpointError):
 # What the bytes say.
 
 
-class ManifestError(CheckpointError):
+class ManifestError(CheckpointError, ValueError):
     """The manifest cannot be trusted; the message lists every problem found in it."""
 
 

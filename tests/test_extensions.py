@@ -19,8 +19,8 @@ from torch.testing._internal.distributed.checkpoint_utils import Rot13Example
 
 import cloudckpt.dcp.extensions
 from cloudckpt.errors import CheckpointError, IntegrityError, UnknownExtensionError, UsageError
-from cloudckpt.extensions import AesGcm, BytePlane, ExtensionRegistry, FrameContext, ZStandard
-from cloudckpt.extensions.chain import Chain, Rules, open_shard
+from cloudckpt.extensions import AesGcm, BytePlane, ExtensionRegistry, FrameCodec, FrameContext, ZStandard
+from cloudckpt.extensions.chain import Chain, Rules, ShardChain, open_shard
 from cloudckpt.testing import Rot13, get_test_extension_registry
 
 assert cloudckpt.dcp.extensions  # registers ours as torch's
@@ -113,6 +113,24 @@ def test_a_frame_that_would_not_shrink_is_stored_as_it_is_in_a_chain_too():
     stored = stored_by(chain, noise, frame_of(width=2))
     assert len(stored) == len(noise) + 16
     assert bytes(reopened(chain).restore(stored, frame_of(width=2), len(noise))) == noise
+
+
+class Vain(FrameCodec):
+    """A compressor that gains just nothing."""
+
+    is_optional = True
+
+    def transform(self, sections, frame):
+        return [b"".join(sections)[::-1]]
+
+    def restore(self, stored, frame, *, limit):
+        raise AssertionError("a frame as long as the plain one was left as it is")
+
+
+def test_a_compressed_frame_as_long_as_the_plain_one_is_not_kept():
+    chain = ShardChain(["vain/1"], [Vain()])
+    stored = b"".join(chain.transform(memoryview(b"abc"), frame_of()))
+    assert bytes(chain.restore(memoryview(stored), frame_of(), 3)) == b"abc"
 
 
 def test_planes_are_whole_although_their_memory_is_used_again():

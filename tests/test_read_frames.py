@@ -475,6 +475,19 @@ def test_frames_that_cannot_be_are_refused_before_a_request(tmp_path, lie):
     assert ckpt.stats.requests == 0
 
 
+@BOTH
+def test_a_frames_length_that_was_changed_at_the_cost_of_the_next_is_found(tmp_path, name):
+    broken = Broken(tmp_path, CHAINS[name])
+    sizes = list(map(len, broken.frames))
+    sizes[3] += 1
+    sizes[4] -= 1
+    broken.write(with_checksums=True, frame_sizes=pack(sizes))
+    out, error = broken.read()
+    assert isinstance(error, IntegrityError)
+    assert broken.shard.key in str(error)
+    assert (out[3 * broken.FRAME : 5 * broken.FRAME] == 0xEE).all()
+
+
 def test_a_chunk_that_begins_between_frames_is_refused(tmp_path):
     broken = Broken(tmp_path, CHAINS["zstd"])
     data = json.loads((broken.path / "manifest.json").read_bytes())

@@ -65,6 +65,17 @@ def plans_of(items, chain=ALL, chosen=None, *, frame_size=256 * KIB, max_size=1 
     )
 
 
+def plain_plans_of(items, chosen, tokens):
+    return plan_shards(
+        items,
+        chosen,
+        rank=0,
+        frame_size=MIB,
+        new_token=lambda: f"{next(tokens):032x}",
+        key_of=lambda token: shard_key(token, "safetensors"),
+    )
+
+
 class CopiedSource(BytesSource):
     """An item that must be copied into scratch, as one on a device."""
 
@@ -235,14 +246,7 @@ def test_chains_and_plain_shards_are_written_side_by_side():
         for i, name in enumerate(("zstd", "all", "planes"))
         for plan in plans_of(items, CHAINS[name], [i], tokens=tokens)
     ]
-    plain = plan_shards(
-        items,
-        [3],
-        rank=0,
-        frame_size=MIB,
-        new_token=lambda: f"{next(tokens):032x}",
-        key_of=lambda token: shard_key(token, "safetensors"),
-    )
+    plain = plain_plans_of(items, [3], tokens)
     sources = [CopiedSource(d) for d in data]
     written = write(MemoryStore("tests", "", bucket), [plans[0], *plain, *plans[1:]], items, sources)
     assert_written(bucket, items, plans, [written[0], *written[2:]], data)
@@ -357,14 +361,7 @@ async def test_the_smallest_budget_is_enough(kind, source):
         for i, name in enumerate(("zstd", "all", "rot13"))
         for plan in plans_of(items, CHAINS[name], [i], tokens=tokens)
     ]
-    plain = plan_shards(
-        items,
-        [3],
-        rank=0,
-        frame_size=MIB,
-        new_token=lambda: f"{next(tokens):032x}",
-        key_of=lambda token: shard_key(token, "safetensors"),
-    )
+    plain = plain_plans_of(items, [3], tokens)
     writer = ShardWriter(SlowStore(MemoryStore("tests", "", bucket), 0.001), TIGHT)
     async with asyncio.timeout(60):
         written = await writer.write([*plain, *plans], items, [source(d) for d in data])

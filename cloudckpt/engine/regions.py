@@ -111,7 +111,11 @@ class Locator:
 
     def _stored(self, at: Chunk | BytesEntry, name: str, number_size: int, count: int) -> StoredFrames:
         key = self._manifest.shards[at.shard].key
-        starts: Sequence[int] = self._starts(at.shard)[at.frame : at.frame + count + 1]
+        try:
+            starts: Sequence[int] = self._starts(at.shard)[at.frame : at.frame + count + 1]
+        except ManifestError as e:
+            e.add_note(f"asked for {name!r}, which should lie at bytes {at.start} to {at.stop}")
+            raise
         if len(starts) != count + 1 or (starts[0], starts[-1]) != (at.start, at.stop):
             msg = f"{name!r}: bytes {at.start} to {at.stop} of {key} are not its {count} frames from {at.frame} on"
             raise ManifestError(msg)
