@@ -28,7 +28,7 @@ class Means:
     """What the shards of one rank share.
 
     Attributes:
-        pool: of scratch for staging, in buffers of a part's size.
+        pool: of buffers of a part's size: for staging, and for parts that are gathered.
         part_size: bytes of a part, but for objects that would have too many.
         filling: held by the shard with extensions that has a part which is not full; one at a time, or each could
             hold a part's bytes and none could go on.

@@ -84,7 +84,7 @@ class FramesUpload:
         self._sources = sources
         self._means = means
         self._held = 0
-        self._open = self._new_part()
+        self._open = _Part(memoryview(b""))
         self._sizes: list[int] = []
         self._checksums: list[int] = []
         self._upload: Upload | None = None
@@ -103,6 +103,7 @@ class FramesUpload:
 
     async def _fill(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         """Transforms all frames, and sends every full part on its way, and the last."""
+        self._open = self._new_part()
         pending: deque[asyncio.Task[list[_Frame]]] = deque()
         for job in _jobs(self._frames, self._plan.frame_size):
             if len(pending) >= self._means.lookahead:
