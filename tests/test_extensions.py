@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
@@ -21,6 +22,7 @@ import cloudckpt.dcp.extensions
 from cloudckpt.errors import CheckpointError, IntegrityError, UnknownExtensionError, UsageError
 from cloudckpt.extensions import AesGcm, BytePlane, ExtensionRegistry, FrameCodec, FrameContext, ZStandard
 from cloudckpt.extensions.chain import Chain, Rules, ShardChain, open_shard
+from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.testing import Rot13, get_test_extension_registry
 
 assert cloudckpt.dcp.extensions  # registers ours as torch's
@@ -113,6 +115,37 @@ def test_a_frame_that_would_not_shrink_is_stored_as_it_is_in_a_chain_too():
     stored = stored_by(chain, noise, frame_of(width=2))
     assert len(stored) == len(noise) + 16
     assert bytes(reopened(chain).restore(stored, frame_of(width=2), len(noise))) == noise
+
+
+@pytest.mark.parametrize("data", [os.urandom(9999), bytes(9999)], ids=["noise", "zeros"])
+@pytest.mark.parametrize(
+    "names",
+    [("planes", "zstd", "planes of 4"), ("zstd", "zstd", "zstd"), ("planes", "planes of 4", "planes", "zstd")],
+)
+def test_codecs_that_share_memory_do_not_disturb_each_other(names, data):
+    scratch = Scratch()
+    chains = [Chain(tuple(EXTENSIONS[name] for name in names)).start_shard(scratch) for _ in range(2)]
+    kept = [
+        chain.transform(memoryview(d), frame_of(width=2)) for chain, d in zip(chains, (data, data[::-1]), strict=True)
+    ]
+    for chain, stored, plain in zip(chains, kept, (data, data[::-1]), strict=True):
+        found = chain.restore(memoryview(b"".join(stored)), frame_of(width=2), len(data))
+        assert bytes(found) == plain
+
+
+def test_the_shards_of_a_load_share_memory():
+    written = Chain((BytePlane(), ZStandard())).start_shard()
+    stored, nbytes = stored_by(written, bytes(1 << 20), frame_of(width=2)), 1 << 20
+    scratch = Scratch()
+    chains = [open_shard([BytePlane(), ZStandard()], written.descriptors, [], scratch) for _ in range(40)]
+    tracemalloc.start()
+    try:
+        for chain in chains:
+            assert len(chain.restore(stored, frame_of(width=2), nbytes)) == nbytes
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 5 * nbytes
 
 
 class Vain(FrameCodec):

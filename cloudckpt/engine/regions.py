@@ -18,6 +18,7 @@ from cloudckpt.engine.sealing import missing_key
 from cloudckpt.errors import CheckpointError, ManifestError
 from cloudckpt.extensions.chain import ShardChain, open_shard
 from cloudckpt.extensions.registry import ExtensionRegistry
+from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.manifest import (
     BytesEntry,
     Chunk,
@@ -43,6 +44,7 @@ class Locator:
         self._starts = cache(self._find_starts)
         self._chains = cache(self._open_chain)
         self._sound: set[str] = set()
+        self._scratch = Scratch()
 
     def entry(self, key: str) -> OpenEntry:
         """The entry of that key, which must be there.
@@ -145,7 +147,7 @@ class Locator:
         shard = self._manifest.shards[index]
         try:
             extensions = self._registry.from_descriptor_list(shard.extensions)
-            return open_shard(extensions, shard.extensions, shard.extension_params)
+            return open_shard(extensions, shard.extensions, shard.extension_params, self._scratch)
         except CheckpointError as e:
             e.add_note(f"needed for {shard.key}; nothing was fetched")
             raise

@@ -17,6 +17,7 @@ from cloudckpt.engine.write_frames import LEAST_FRAMES, FramesUpload
 from cloudckpt.engine.write_plain import PlainUpload
 from cloudckpt.errors import StoreError, UsageError
 from cloudckpt.extensions.chain import Extensions, Rules
+from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class ShardWriter:
     def __init__(self, store: Uploads, options: WriteOptions) -> None:
         """Writes to ``store``."""
         self._store = store
+        self._scratch = Scratch()
         self._means = Means(
             store=store,
             budget=Budget(options.max_inflight_nbytes, concurrency=options.concurrency),
@@ -122,7 +124,9 @@ class ShardWriter:
     def _upload(self, plan: AnyPlan, items: Sequence[Item], sources: Sequence[Source]) -> PlainUpload | FramesUpload:
         if isinstance(plan, ShardPlan):
             return PlainUpload(plan, sources, self._means)
-        return FramesUpload(plan, plan.chain.start_shard(), planned_frames(plan, items), sources, self._means)
+        return FramesUpload(
+            plan, plan.chain.start_shard(self._scratch), planned_frames(plan, items), sources, self._means
+        )
 
     async def _remove(self, keys: Sequence[str]) -> None:
         try:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from cloudckpt.extensions.scratch import Scratch
+
 Buffer = bytes | bytearray | memoryview
 
 
@@ -83,13 +85,14 @@ class FrameCodec(ABC):
         params: what `FrameTransformExtension.open_shard` needs to know again; kept in the manifest for anyone
             to read.
         is_optional: whether a frame that this would not make smaller is left as it is.
-        reuses_memory: whether what `transform` returns lies in memory that its next call in the same thread takes
-            again (touching fresh pages costs more than filling them), or in that of what it was given.
+        reuses_memory: whether what `transform` returns lies in `scratch`, or in the memory of what it was given.
+        scratch: to take memory from, once a call; the same for all codecs of a save or a load.
     """
 
     params: Mapping[str, str] = {}
     is_optional: bool = False
     reuses_memory: bool = False
+    scratch: Scratch = Scratch()
 
     @abstractmethod
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
@@ -114,7 +117,7 @@ class FrameCodec(ABC):
             limit: the plain bytes that may come out, and that memory may be taken for.
 
         Returns:
-            The plain bytes, which may lie in memory that the next call in the same thread takes again.
+            The plain bytes, which may lie in `scratch`.
 
         Raises:
             ValueError: ``stored`` is damaged, not authentic, followed by other bytes, or is more than ``limit``

@@ -13,7 +13,6 @@ import numpy as np
 
 from cloudckpt.errors import UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
-from cloudckpt.extensions.scratch import Scratch
 
 _WIDTHS = (1, 2, 4, 8, 16)
 _BLOCK_NBYTES = 1 << 20
@@ -90,7 +89,6 @@ class BytePlaneCodec(FrameCodec):
     def __init__(self, width: int | None) -> None:
         """Splits by ``width``, or by each item's own."""
         self._width = width
-        self._planes, self._plain = Scratch(), Scratch()
 
     def stored_size(self, nbytes: int) -> int:
         """See `FrameCodec.stored_size`."""
@@ -99,12 +97,12 @@ class BytePlaneCodec(FrameCodec):
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
         """See `FrameCodec.transform`."""
         plain = sections[0] if len(sections) == 1 else memoryview(b"".join(sections))
-        return split(plain, self._width or frame.width, self._planes.take(len(plain)))
+        return split(plain, self._width or frame.width, self.scratch.take(len(plain)))
 
     def restore(self, stored: memoryview, frame: FrameContext, *, limit: int) -> Buffer:
         """See `FrameCodec.restore`."""
         del limit
-        return join(stored, self._width or frame.width, self._plain.take(len(stored)))
+        return join(stored, self._width or frame.width, self.scratch.take(len(stored)))
 
 
 def split(plain: memoryview, width: int, into: memoryview) -> list[memoryview]:

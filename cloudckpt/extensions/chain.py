@@ -12,6 +12,7 @@ from cloudckpt.errors import IntegrityError, UsageError
 from cloudckpt.extensions.aesgcm import AesGcm, DataKey
 from cloudckpt.extensions.base import Extension, FrameCodec, FrameContext, FrameTransformExtension
 from cloudckpt.extensions.byteplane import BytePlane
+from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.extensions.streams import StreamCodec
 from cloudckpt.extensions.zstd import ZStandard
 
@@ -22,10 +23,15 @@ Extensions = Sequence[Extension] | Mapping[str, Sequence[Extension]]
 class ShardChain:
     """The codecs of one shard, first applied first. Safe to use from several threads."""
 
-    def __init__(self, descriptors: Sequence[str], codecs: Sequence[FrameCodec]) -> None:
-        """Takes one descriptor for each codec."""
+    def __init__(
+        self, descriptors: Sequence[str], codecs: Sequence[FrameCodec], scratch: Scratch | None = None
+    ) -> None:
+        """Takes one descriptor for each codec, and memory that they may share with those of other shards."""
         self.descriptors = tuple(descriptors)
         self._codecs = tuple(codecs)
+        scratch = scratch or Scratch()
+        for codec in codecs:
+            codec.scratch = scratch
 
     @property
     def params(self) -> tuple[dict[str, str], ...]:
@@ -59,7 +65,7 @@ class ShardChain:
         return [memoryview(b"".join(sections))] if is_lent else sections
 
     def restore(self, stored: memoryview, frame: FrameContext, nbytes: int) -> memoryview:
-        """The plain bytes of a frame.
+        """The plain bytes of a frame, good until the same thread restores another.
 
         Args:
             stored: what `transform` returned, joined.
@@ -77,6 +83,8 @@ class ShardChain:
                 continue
             try:
                 stored = memoryview(codec.restore(stored, frame, limit=limit if size is None else size))
+            except MemoryError:
+                raise
             except Exception as e:
                 msg = f"{self.descriptors[i]} cannot restore it: {e}"
                 raise IntegrityError(msg) from e
@@ -103,8 +111,8 @@ class Chain:
 
     extensions: tuple[Extension, ...] = ()
 
-    def start_shard(self) -> ShardChain:
-        """The chain at work on a new shard. May ask a key service.
+    def start_shard(self, scratch: Scratch | None = None) -> ShardChain:
+        """The chain at work on a new shard, with memory to share. May ask a key service.
 
         Raises:
             EncryptionKeyError: a key is missing.
@@ -112,7 +120,7 @@ class Chain:
         codecs = [
             e.start_shard() if isinstance(e, FrameTransformExtension) else _streamed(e) for e in self.extensions
         ]
-        return ShardChain([e.get_descriptor() for e in self.extensions], codecs)
+        return ShardChain([e.get_descriptor() for e in self.extensions], codecs, scratch)
 
 
 class Rules:
@@ -159,7 +167,10 @@ class Rules:
 
 
 def open_shard(
-    extensions: Sequence[Extension], descriptors: Sequence[str], params: Sequence[Mapping[str, str]]
+    extensions: Sequence[Extension],
+    descriptors: Sequence[str],
+    params: Sequence[Mapping[str, str]],
+    scratch: Scratch | None = None,
 ) -> ShardChain:
     """The chain that a shard was written with.
 
@@ -167,6 +178,7 @@ def open_shard(
         extensions: made from the descriptors.
         descriptors: from the manifest, in the order in which they were applied.
         params: each codec's, from the manifest; none at all where none has some.
+        scratch: memory that it may share with other shards.
 
     Raises:
         EncryptionKeyError: a key is missing or wrong.
@@ -177,7 +189,7 @@ def open_shard(
             codecs.append(extension.open_shard(params[i] if i < len(params) else {}))
         else:
             codecs.append(_streamed(extension))
-    return ShardChain(descriptors, codecs)
+    return ShardChain(descriptors, codecs, scratch)
 
 
 def _streamed(extension: Extension) -> FrameCodec:

@@ -1,6 +1,6 @@
-"""Memory that a codec uses again and again: touching fresh pages costs more than filling them.
+"""Memory that codecs use again and again: touching fresh pages costs more than filling them.
 
-Law: each thread has its own, and what lies in it is good until that thread asks again.
+Law: each thread has its own, twice: what a codec makes of what lies in the one lies in the other.
 """
 
 from threading import local
@@ -9,15 +9,17 @@ import numpy as np
 
 
 class Scratch:
-    """Grows to what was asked for at most."""
+    """Two buffers for each thread, taken in turns, each as large as was asked for at most."""
 
     def __init__(self) -> None:
         """Holds nothing yet."""
         self._of_thread = local()
 
     def take(self, nbytes: int) -> memoryview:
-        """Memory of this thread, contents undefined."""
-        held: memoryview = getattr(self._of_thread, "held", memoryview(bytearray()))
-        if len(held) < nbytes:
-            held = self._of_thread.held = np.empty(nbytes, np.uint8).data
-        return held[:nbytes]
+        """Memory of this thread, contents undefined; good until the thread has asked twice more."""
+        held: list[memoryview] = getattr(self._of_thread, "held", None) or [memoryview(bytearray())] * 2
+        held.reverse()
+        if len(held[0]) < nbytes:
+            held[0] = np.empty(nbytes, np.uint8).data
+        self._of_thread.held = held
+        return held[0][:nbytes]

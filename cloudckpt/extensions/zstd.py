@@ -11,7 +11,6 @@ from typing import IO, Self, cast
 
 from cloudckpt.errors import IntegrityError, UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
-from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.extensions.zstd_frames import zstd_frames
 from cloudckpt.extensions.zstd_libraries import Compress, Library, library
 
@@ -96,7 +95,6 @@ class ZstdCodec(FrameCodec):
     def __init__(self, level: int, zstd: Library) -> None:
         """Makes no context yet."""
         self._zstd = zstd
-        self._plain = Scratch()
         self._ways = (
             _Pool(lambda: zstd.compressor(level, is_entropy_only=True)),
             _Pool(lambda: zstd.compressor(level)),
@@ -136,7 +134,7 @@ class ZstdCodec(FrameCodec):
         if claimed > limit:
             msg = f"it claims to restore to {claimed} bytes, where there should be {limit}"
             raise ValueError(msg)
-        plain = self._plain.take(
+        plain = self.scratch.take(
             min(limit, sum(part.max_size if part.size is None else part.size for part in frames))
         )
         filled = 0
