@@ -275,6 +275,8 @@ def parse_summary(head: bytes, where: str) -> Summary:
         if isinstance(version, int) and version != VERSION:
             raise _unsupported(version, where)
         summary = msgspec.convert(raw, Summary)
+    except UnsupportedVersionError:
+        raise
     except _UNREADABLE as e:
         _refuse(head, where, e)
     if summary.version != VERSION:

@@ -12,8 +12,12 @@ from cloudckpt.extensions import BytePlane, FrameContext
 from cloudckpt.extensions.byteplane import join, split
 
 
+def fresh(nbytes):
+    return memoryview(bytearray(nbytes))
+
+
 def planes_of(data, width):
-    return split(memoryview(data), width, memoryview(bytearray(len(data))))
+    return split(memoryview(data), width, fresh)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_planes_hold_the_bytes_of_numbers_lowest_first(plain, width, planes):
 
 @given(data=st.binary(max_size=300), width=st.sampled_from([1, 2, 4, 8, 16]))
 def test_joining_is_the_inverse_of_splitting(data, width):
-    assert bytes(join(memoryview(b"".join(planes_of(data, width))), width, memoryview(bytearray(len(data))))) == data
+    assert bytes(join(memoryview(b"".join(planes_of(data, width))), width, fresh)) == data
 
 
 @pytest.mark.parametrize(("own", "given_width", "width"), [(2, None, 2), (4, None, 4), (4, 2, 2), (1, 8, 8)])

@@ -33,6 +33,7 @@ EXTENSIONS = {
     "zstd 19": ZStandard(19),
     "planes": BytePlane(),
     "planes of 4": BytePlane(4),
+    "bytes": BytePlane(1),
     "planes of 16": BytePlane(16),
     "aesgcm": AesGcm("k", KEYS),
     "rot13": Rot13(),
@@ -120,7 +121,12 @@ def test_a_frame_that_would_not_shrink_is_stored_as_it_is_in_a_chain_too():
 @pytest.mark.parametrize("data", [os.urandom(9999), bytes(9999)], ids=["noise", "zeros"])
 @pytest.mark.parametrize(
     "names",
-    [("planes", "zstd", "planes of 4"), ("zstd", "zstd", "zstd"), ("planes", "planes of 4", "planes", "zstd")],
+    [
+        ("planes", "zstd", "planes of 4"),
+        ("zstd", "zstd", "zstd"),
+        ("planes", "planes of 4", "planes", "zstd"),
+        ("planes of 4", "bytes", "planes of 4"),
+    ],
 )
 def test_codecs_that_share_memory_do_not_disturb_each_other(names, data):
     scratch = Scratch()

@@ -86,7 +86,8 @@ class FrameCodec(ABC):
             to read.
         is_optional: whether a frame that this would not make smaller is left as it is.
         reuses_memory: whether what `transform` returns lies in `scratch`, or in the memory of what it was given.
-        scratch: to take memory from, once a call; the same for all codecs of a save or a load.
+        scratch: to take memory from, once a call and only for what is returned; the same for all codecs of a
+            save or a load.
     """
 
     params: Mapping[str, str] = {}

@@ -5,7 +5,7 @@ lower bits of mantissas, which do not, keep to themselves.
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Self, cast
 
@@ -13,6 +13,8 @@ import numpy as np
 
 from cloudckpt.errors import UnknownExtensionError, UsageError
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, FrameTransformExtension
+
+Take = Callable[[int], memoryview]
 
 _WIDTHS = (1, 2, 4, 8, 16)
 _BLOCK_NBYTES = 1 << 20
@@ -97,27 +99,27 @@ class BytePlaneCodec(FrameCodec):
     def transform(self, sections: Sequence[memoryview], frame: FrameContext) -> Sequence[Buffer]:
         """See `FrameCodec.transform`."""
         plain = sections[0] if len(sections) == 1 else memoryview(b"".join(sections))
-        return split(plain, self._width or frame.width, self.scratch.take(len(plain)))
+        return split(plain, self._width or frame.width, self.scratch.take)
 
     def restore(self, stored: memoryview, frame: FrameContext, *, limit: int) -> Buffer:
         """See `FrameCodec.restore`."""
         del limit
-        return join(stored, self._width or frame.width, self.scratch.take(len(stored)))
+        return join(stored, self._width or frame.width, self.scratch.take)
 
 
-def split(plain: memoryview, width: int, into: memoryview) -> list[memoryview]:
+def split(plain: memoryview, width: int, take: Take) -> list[memoryview]:
     """The planes, lowest byte first, and what is less than a number at the end; without those that are empty.
 
     Args:
         plain: to be split.
         width: bytes of a number.
-        into: as many bytes, which the planes will lie in.
+        take: gives memory for the planes; is not asked where there are none.
     """
     count = len(plain) // width
     if width == 1 or not count:
         return [plain]
     numbers = np.frombuffer(plain, np.uint8, count * width)
-    planes = np.frombuffer(into, np.uint8, count * width).reshape(width, count)
+    planes = np.frombuffer(take(count * width), np.uint8).reshape(width, count)
     if width == 2:  # 1.4 times as fast as a strided copy
         for i, plane in enumerate(planes):
             np.right_shift(numbers.view("<u2"), 8 * i, out=plane, casting="unsafe")
@@ -127,11 +129,12 @@ def split(plain: memoryview, width: int, into: memoryview) -> list[memoryview]:
     return [*(plane.data for plane in planes), *([rest] if len(rest) else [])]
 
 
-def join(stored: memoryview, width: int, into: memoryview) -> memoryview:
-    """The inverse of `split`, of its sections joined; the numbers will lie in ``into``, as long as ``stored``."""
+def join(stored: memoryview, width: int, take: Take) -> memoryview:
+    """The inverse of `split`, of its sections joined; the numbers will lie in memory that ``take`` gives."""
     count = len(stored) // width
     if width == 1 or not count:
         return stored
+    into = take(len(stored))
     plain = np.frombuffer(into, np.uint8)
     planes = np.frombuffer(stored, np.uint8, count * width).reshape(width, count)
     numbers: np.ndarray[Any, Any] = plain[: count * width].reshape(count, width)
@@ -139,6 +142,10 @@ def join(stored: memoryview, width: int, into: memoryview) -> memoryview:
         numbers[:, i] = planes[i]
     plain[count * width :] = np.frombuffer(stored, np.uint8)[count * width :]
     return into
+
+
+def _fresh(nbytes: int) -> memoryview:
+    return memoryview(bytearray(nbytes))
 
 
 class _Writer(io.RawIOBase):
@@ -165,7 +172,7 @@ class _Writer(io.RawIOBase):
     def _send(self, nbytes: int) -> None:
         for start in range(0, nbytes, _BLOCK_NBYTES):
             block = memoryview(bytes(self._waiting[start : min(nbytes, start + _BLOCK_NBYTES)]))
-            self._output.write(b"".join(split(block, self._width, memoryview(bytearray(len(block))))))
+            self._output.write(b"".join(split(block, self._width, _fresh)))
         del self._waiting[:nbytes]
 
 
@@ -182,7 +189,7 @@ class _Reader(io.RawIOBase):
         into = memoryview(buffer)
         if not len(self._plain):
             block = memoryview(_read_block(self._source))
-            self._plain = join(block, self._width, memoryview(bytearray(len(block))))
+            self._plain = join(block, self._width, _fresh)
         count = min(len(into), len(self._plain))
         into[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
