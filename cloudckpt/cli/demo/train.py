@@ -167,6 +167,9 @@ def main() -> None:
         trainer = build(args.model, args.seed, pretrained=not args.resume)
         done = resume(trainer, args.root) if args.resume else 0
         train(trainer, args.root, first=done + 1, steps=args.steps, save_every=args.save_every)
+        # DCP ends a save with a broadcast. A thread of gloo's frees its tensors afterwards, and aborts the process
+        # if the interpreter is gone by then (torch 2.13); a barrier gives it the time.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
