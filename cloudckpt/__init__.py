@@ -8,9 +8,10 @@ Law: names only. Rooms are imported when a name of theirs is first used, so that
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import Array, Checkpoint, open  # noqa: A004 - the name is the public face
+    from cloudckpt.array import Array
+    from cloudckpt.checkpoint import Checkpoint, Loaded, open  # noqa: A004 - the name is the public face
 
-__all__ = ["Array", "Checkpoint", "open"]
+__all__ = ["Array", "Checkpoint", "Loaded", "open"]
 
 
 def __getattr__(name: str) -> Any:

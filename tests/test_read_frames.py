@@ -241,7 +241,7 @@ def rows(tmp_path_factory):
 def test_a_slice_costs_the_frames_it_lies_in(rows, index, frames, requests):
     url, tensor = rows
     ckpt = cloudckpt.open(url, keys=KEYS)
-    sizes = unpack(ckpt._manifest.shards[0].frame_sizes)
+    sizes = unpack(ckpt._access.contents._manifest.shards[0].frame_sizes)
     found = ckpt["t"][index]
     assert found.tobytes() == tensor[index].contiguous().view(torch.uint8).numpy().tobytes()
     assert ckpt.stats.bytes_fetched <= frames * max(sizes)
@@ -261,12 +261,14 @@ def test_ten_rows_of_a_compressed_and_encrypted_tensor_cost_at_most_three_frames
 
     ckpt = cloudckpt.open(url, keys=KEYS)
     out, stats = np.zeros((10, 4096), np.uint16), Stats()
-    entry = ckpt._manifest.entries["t"]
-    read_ = ckpt._locator.read_chunk("t", entry, entry.chunks[0], Region((1020, 0), (10, 4096)), is_direct=True)
+    entry = ckpt._access.contents._manifest.entries["t"]
+    read_ = ckpt._access.contents.read_chunk(
+        "t", entry, entry.chunks[0], Region((1020, 0), (10, 4096)), is_direct=True
+    )
     wanted = [Wanted("'t'", read_, ArraySink(out, (1020, 0)))]
     requests = loop.run(read)
     assert [method for method, _ in requests] == ["get_range"]
-    assert stats.bytes_fetched <= 3 * max(unpack(ckpt._manifest.shards[0].frame_sizes))
+    assert stats.bytes_fetched <= 3 * max(unpack(ckpt._access.contents._manifest.shards[0].frame_sizes))
     assert out.tobytes() == tensor[1020:1030].view(torch.uint8).numpy().tobytes()
 
 

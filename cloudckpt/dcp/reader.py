@@ -7,6 +7,7 @@ load alone.
 import io
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,26 +25,31 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from cloudckpt.convert.find import find, manifest_contents
 from cloudckpt.dcp.border import border
 from cloudckpt.dcp.dtypes import dtype_of
 from cloudckpt.dcp.pickles import prove_safe
 from cloudckpt.dcp.tensors import TensorSink
-from cloudckpt.engine import loop
+from cloudckpt.dtypes import DTYPES
+from cloudckpt.engine.access import Access
 from cloudckpt.engine.commit import read_manifest_blob
-from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
-from cloudckpt.engine.regions import Locator, MemorySink
-from cloudckpt.engine.sealing import open_manifest
+from cloudckpt.engine.contents import Ask, Contents
+from cloudckpt.engine.read import ReadOptions, Stats, Wanted
+from cloudckpt.engine.session import Session
+from cloudckpt.engine.sinks import MemorySink
 from cloudckpt.errors import (
     CheckpointError,
+    CheckpointNotFoundError,
     DtypeMismatchError,
     LoadFailedError,
     MissingKeyError,
     ShapeMismatchError,
     UsageError,
 )
-from cloudckpt.manifest import BytesEntry, Chunk, Manifest, TensorEntry, ValueEntry
+from cloudckpt.manifest import BytesEntry, Chunk, TensorEntry, ValueEntry
 from cloudckpt.ranges import Region
-from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
+from cloudckpt.selection import Rename, select
+from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ class ObjectStoreReader(StorageReader):
         url: str | os.PathLike[str] | None = None,
         *,
         process_group: dist.ProcessGroup | None = None,
+        rename: Rename | None = None,
         options: ReadOptions | None = None,
         store: StoreOptions | None = None,
         **overrides: Any,
@@ -76,6 +83,7 @@ class ObjectStoreReader(StorageReader):
             url: of the checkpoint, or None where each load gives ``checkpoint_id``.
             process_group: its first rank reads the manifest for all; every rank of it must load. Without one,
                 each rank reads the manifest.
+            rename: from a key in the checkpoint to the name that the state dict has for it: a mapping, or a function.
             options: how to read.
             store: how to reach the store.
             **overrides: any field of `ReadOptions`, `S3Options` or `RetryOptions`, by name.
@@ -87,7 +95,9 @@ class ObjectStoreReader(StorageReader):
         self._options, self._store = with_overrides(options or ReadOptions(), store, overrides)
         self._url = check_url(os.fspath(url)) if url is not None else None
         self._group = process_group
-        self._manifest: Manifest | None = None
+        self._rename = rename
+        self._access: Access | None = None
+        self._keys: Mapping[str, str] = {}
         self._failure: CheckpointError | None = None
         self.stats = Stats()
 
@@ -116,12 +126,16 @@ class ObjectStoreReader(StorageReader):
         DCP would bury an error from here in an AssertionError of its own, so one is kept for
         `set_up_storage_reader` to raise.
         """
-        self._manifest, self._failure = None, None
+        self._close()
+        self._failure = None
         try:
             with border(LoadFailedError, "reading the manifest"):
-                self._manifest = self._read_manifest()
-                return _metadata_of(self._manifest, str(self._url))
+                self._access = self._open()
+                contents = self._access.contents
+                self._keys = select(contents.entries, rename=self._rename).keys
+                return _metadata_of(contents, self._keys, str(self._url))
         except CheckpointError as e:
+            self._close()
             self._failure = e
             return Metadata({}, planner_data={})
 
@@ -141,6 +155,11 @@ class ObjectStoreReader(StorageReader):
         if self._failure is not None:
             raise self._failure
 
+    def _close(self) -> None:
+        if self._access is not None:
+            self._access.close()
+            self._access = None
+
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to add."""
         return plan
@@ -158,65 +177,72 @@ class ObjectStoreReader(StorageReader):
             IntegrityError, StoreError: what was being loaded into is undefined.
         """
         with border(LoadFailedError, "the load"):
-            if self._manifest is None or self._url is None:
+            access, self._access = self._access, None
+            if access is None:
                 msg = "read_data without read_metadata; use dcp.load"
                 raise UsageError(msg)
-            locator = Locator(self._manifest, self._options)
-            tensors = [
-                _TensorItem.of(item, planner, locator, self._options)
-                for item in plan.items
-                if item.type == LoadItemType.TENSOR
-            ]
-            strings = [_BytesItem.of(item, locator) for item in plan.items if item.type == LoadItemType.BYTE_IO]
-            url = self._url
-            wanted = [w for w in (*(t.wanted for t in tensors), *(s.wanted for s in strings)) if w is not None]
-            try:
-                loop.run(lambda: self._fetch(url, wanted))
-            except CheckpointError as e:
-                e.add_note("the tensors that were being loaded into are undefined now; load again before using them")
-                raise
-            if not self._options.unsafe_pickle:
-                for string in strings:
-                    prove_safe(string.data, string.item.storage_index.fqn)
-            for tensor in tensors:
-                tensor.commit(planner)
-            for string in strings:
-                planner.load_bytes(string.item, io.BytesIO(string.data))
-            log.info("loaded from %s: %s", url, self.stats)
+            with access:
+                self._load(plan, planner, access)
+            log.info("loaded from %s: %s", self._url, self.stats)
         future: Future[None] = Future()
         future.set_result(None)
         return future
 
-    async def _fetch(self, url: str, wanted: list[Wanted]) -> None:
-        async with open_store(url, self._store) as store:
-            await read_regions(store, wanted, self._options, self.stats)
+    def _load(self, plan: LoadPlan, planner: LoadPlanner, access: Access) -> None:
+        contents = access.contents
+        access.locate([a for item in plan.items if (a := _ask(item, self._key(item), contents)) is not None])
+        tensors = [
+            _TensorItem.of(item, self._key(item), planner, contents, self._options)
+            for item in plan.items
+            if item.type == LoadItemType.TENSOR
+        ]
+        strings = [
+            _BytesItem.of(item, self._key(item), contents) for item in plan.items if item.type == LoadItemType.BYTE_IO
+        ]
+        try:
+            access.read([w for w in (*(t.wanted for t in tensors), *(s.wanted for s in strings)) if w is not None])
+        except CheckpointError as e:
+            e.add_note("the tensors that were being loaded into are undefined now; load again before using them")
+            raise
+        if not self._options.unsafe_pickle:
+            for string in strings:
+                prove_safe(string.data, string.item.storage_index.fqn)
+        for tensor in tensors:
+            tensor.commit(planner)
+        for string in strings:
+            planner.load_bytes(string.item, io.BytesIO(string.data))
 
-    def _read_manifest(self) -> Manifest:
+    def _open(self) -> Access:
         if self._url is None:
             msg = "no URL to load from; give one to ObjectStoreReader(...) or as checkpoint_id="
             raise UsageError(msg)
         url = self._url
         if self._group is None:
-            return open_manifest(loop.run(lambda: self._get_manifest(url)), url, self._options)
-        first = dist.get_rank(self._group) == 0
+            return self._access_to(*find(url, self._options, self._store))
         found: list[bytes | CheckpointError | None] = [None]
-        if first:
+        if dist.get_rank(self._group) == 0:
             try:
-                with border(LoadFailedError, "reading the manifest"):
-                    found = [loop.run(lambda: self._get_manifest(url))]
+                with border(LoadFailedError, "reading the manifest"), Session(url, self._store) as session:
+                    found = [session.run(read_manifest_blob).data]
             except CheckpointError as e:
                 found = [e]
         dist.broadcast_object_list(found, group=self._group, group_src=0)
+        if isinstance(found[0], CheckpointNotFoundError):
+            return self._access_to(*find(url, self._options, self._store))  # it may be one of others
         if isinstance(found[0], CheckpointError):
             raise found[0]
         if found[0] is None:
             msg = "the first rank of the process group sent no manifest"
             raise LoadFailedError(msg)
-        return open_manifest(found[0], url, self._options)
+        return self._access_to(manifest_contents(found[0], url, self._options), Session(url, self._store))
 
-    async def _get_manifest(self, url: str) -> bytes:
-        async with open_store(url, self._store) as store:
-            return (await read_manifest_blob(store)).data
+    def _access_to(self, contents: Contents, session: Session) -> Access:
+        return Access(contents, session, self._options, self.stats)
+
+    def _key(self, item: ReadItem) -> str:
+        """The checkpoint's own key of what DCP knows under the name it is loaded under."""
+        name: str = item.storage_index.fqn
+        return self._keys[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,12 +252,10 @@ class _TensorItem:
     wanted: Wanted | None
 
     @classmethod
-    def of(cls, item: ReadItem, planner: LoadPlanner, locator: Locator, options: ReadOptions) -> "_TensorItem":
-        key = item.storage_index.fqn
-        entry = locator.entry(key)
-        if not isinstance(entry, TensorEntry):
-            msg = f"{key!r} is not a tensor in this checkpoint"
-            raise ShapeMismatchError(msg)
+    def of(
+        cls, item: ReadItem, key: str, planner: LoadPlanner, contents: Contents, options: ReadOptions
+    ) -> "_TensorItem":
+        entry = _tensor_entry(key, contents)
         chunk = _find_chunk(entry, item)
         region = Region(tuple(item.storage_offsets), tuple(item.lengths))
         resolved = planner.resolve_tensor(item)
@@ -245,7 +269,7 @@ class _TensorItem:
             msg = f"{key!r} is stored as {stored}, the destination is {resolved.dtype}, and cast=False"
             raise DtypeMismatchError(msg)
         sink = TensorSink(resolved, stored, chunk.sizes, region)
-        read = locator.read_chunk(key, entry, chunk, region, is_direct=sink.memory is not None)
+        read = contents.read_chunk(key, entry, chunk, region, is_direct=sink.memory is not None)
         return cls(item, resolved, Wanted(repr(key), read, sink) if region.numel else None)
 
     def commit(self, planner: LoadPlanner) -> None:
@@ -260,13 +284,13 @@ class _BytesItem:
     wanted: Wanted | None
 
     @classmethod
-    def of(cls, item: ReadItem, locator: Locator) -> "_BytesItem":
-        key = item.storage_index.fqn
-        entry = locator.entry(key)
+    def of(cls, item: ReadItem, key: str, contents: Contents) -> "_BytesItem":
+        entry = contents.entry(key)
         match entry:
             case BytesEntry():
-                sink = MemorySink(entry.nbytes)
-                return cls(item, sink.memory, Wanted(repr(key), locator.read_bytes(key, entry), sink))
+                data = memoryview(bytearray(entry.nbytes))
+                read = contents.read_bytes(key, entry, Region((0,), (entry.nbytes,)))
+                return cls(item, data, Wanted(repr(key), read, MemorySink(data)))
             case ValueEntry():
                 saved = io.BytesIO()
                 torch.save(entry.value, saved)
@@ -274,6 +298,23 @@ class _BytesItem:
             case _:
                 msg = f"{key!r} is a tensor in this checkpoint, and the state dict has none to load it into"
                 raise ShapeMismatchError(msg)
+
+
+def _ask(item: ReadItem, key: str, contents: Contents) -> Ask | None:
+    entry = contents.entry(key)
+    if isinstance(entry, ValueEntry):
+        return None
+    if isinstance(entry, BytesEntry):
+        return Ask(key, entry, Region((0,), (entry.nbytes,)))
+    return Ask(key, _find_chunk(entry, item), Region(tuple(item.storage_offsets), tuple(item.lengths)))
+
+
+def _tensor_entry(key: str, contents: Contents) -> TensorEntry:
+    entry = contents.entry(key)
+    if not isinstance(entry, TensorEntry):
+        msg = f"{key!r} is not a tensor in this checkpoint"
+        raise ShapeMismatchError(msg)
+    return entry
 
 
 def _find_chunk(entry: TensorEntry, item: ReadItem) -> Chunk:
@@ -289,16 +330,21 @@ def _find_chunk(entry: TensorEntry, item: ReadItem) -> Chunk:
     raise MissingKeyError(msg)
 
 
-def _metadata_of(manifest: Manifest, url: str) -> Metadata:
+def _metadata_of(contents: Contents, keys: Mapping[str, str], url: str) -> Metadata:
     state: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for key, entry in manifest.entries.items():
+    for name, key in keys.items():
+        entry = contents.entries[key]
         if isinstance(entry, TensorEntry):
             chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in entry.chunks]
+            if entry.dtype not in DTYPES:
+                contents.entry(key)  # which says so
             properties = TensorProperties(dtype=dtype_of(entry.dtype))
-            state[key] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
+            state[name] = TensorStorageMetadata(properties, torch.Size(entry.shape), chunks)
         else:
-            state[key] = BytesStorageMetadata()
-    paths = manifest.planner_paths
-    planner_data = None if paths is None else {key: paths.get(key, (key,)) for key in manifest.entries}
-    meta = StorageMeta(checkpoint_id=url, save_id=manifest.summary.save_id)
-    return Metadata(state, planner_data=planner_data, storage_meta=meta)
+            state[name] = BytesStorageMetadata()
+    paths = contents.planner_paths
+    planner_data = None
+    if paths is not None:
+        planner_data = {name: paths.get(key, (key,)) if name == key else (name,) for name, key in keys.items()}
+    save_id = contents.summary.save_id if contents.summary is not None else None
+    return Metadata(state, planner_data=planner_data, storage_meta=StorageMeta(checkpoint_id=url, save_id=save_id))

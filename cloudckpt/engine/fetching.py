@@ -6,9 +6,22 @@ Law: pure. Exact rows are asked for; near ranges become one request, long ones s
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
-from cloudckpt.extensions.chain import ShardChain
+from cloudckpt.extensions.base import FrameContext
 from cloudckpt.ranges import Range, Region, coalesce, span_of, strides_of
+
+
+class Restorer(Protocol):
+    """Makes plain bytes of a stored frame."""
+
+    def restore(self, stored: memoryview, frame: FrameContext, nbytes: int) -> memoryview:
+        """The frame's ``nbytes`` plain bytes, good until the same thread restores another.
+
+        Raises:
+            IntegrityError: it is not what was stored.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +37,7 @@ class StoredFrames:
         starts: the first byte of each frame in the object, and one past the last of the last.
     """
 
-    chain: ShardChain
+    chain: Restorer
     token: str
     item: str
     number_size: int
@@ -43,7 +56,7 @@ class RegionRead:
         shape: elements per axis of the chunk.
         region: what is wanted, counted from the chunk's first element.
         frame_size: bytes per frame of the shard.
-        checksums: CRC32C of each of the chunk's frames.
+        checksums: CRC32C of each of the chunk's frames; none where they are not known.
         is_direct: whether the destination is contiguous memory that a row-major run can be received into.
         stored: where the chunk's frames lie, if they were transformed.
     """

@@ -168,6 +168,8 @@ def _verify_and_place(placing: list[tuple[Wanted, Range, Region | None, memoryvi
     fragments = []
     for wanted, at, _, view in placing:
         read = wanted.read
+        if not read.checksums:
+            continue
         here = at.shift(-read.start)
         for frame in range(here.start // read.frame_size, -(-here.stop // read.frame_size)):
             whole = frame_range(read, frame)

@@ -4,16 +4,20 @@ Law: no I/O but a key service's. What a manifest claims of an entry is checked h
 from it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from math import prod
+from typing import Any
+
+from msgspec import UNSET
 
 from cloudckpt import layout
 from cloudckpt.dtypes import DTYPES
+from cloudckpt.engine.contents import Ask
 from cloudckpt.engine.fetching import RegionRead, StoredFrames
 from cloudckpt.engine.framing import FRAME_ALIGNMENT, MAX_FRAME_SIZE
-from cloudckpt.engine.read import ReadOptions
+from cloudckpt.engine.read import ReadOptions, Stats
 from cloudckpt.engine.sealing import missing_key
 from cloudckpt.errors import CheckpointError, ManifestError
 from cloudckpt.extensions.chain import ShardChain, open_shard
@@ -22,22 +26,29 @@ from cloudckpt.extensions.scratch import Scratch
 from cloudckpt.manifest import (
     BytesEntry,
     Chunk,
+    Entry,
     Manifest,
     OpenEntry,
+    PlannerPath,
     SealedEntry,
+    Summary,
     TensorEntry,
     entry_problems,
     unpack,
 )
 from cloudckpt.ranges import Region
+from cloudckpt.store.protocols import Get
 
 
 class Locator:
-    """Finds the bytes of a manifest's entries."""
+    """Implements `Contents` over a manifest: finds the bytes of its entries."""
+
+    format = "cloudckpt"
 
     def __init__(self, manifest: Manifest, options: ReadOptions) -> None:
         """Looks into ``manifest``; checks each entry and each shard when it is first asked for."""
         self._manifest = manifest
+        self._is_hidden = manifest.seal is not UNSET and options.keys is None
         registry = options.registry or ExtensionRegistry()
         self._registry = registry if options.keys is None else registry.with_keys(options.keys)
         self._checksums = cache(lambda shard: unpack(manifest.shards[shard].frame_checksums))
@@ -46,13 +57,34 @@ class Locator:
         self._sound: set[str] = set()
         self._scratch = Scratch()
 
-    def entry(self, key: str) -> OpenEntry:
-        """The entry of that key, which must be there.
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """See `Contents.entries`."""
+        return self._manifest.entries
 
-        Raises:
-            EncryptionKeyError: it is a value that is encrypted, and no keys were given.
-            ManifestError: what it claims cannot be.
-        """
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """See `Contents.metadata`."""
+        if self._is_hidden:
+            raise missing_key(self._manifest, "the metadata of this checkpoint")
+        return self._manifest.metadata
+
+    @property
+    def planner_paths(self) -> Mapping[str, PlannerPath] | None:
+        """See `Contents.planner_paths`."""
+        return self._manifest.planner_paths
+
+    @property
+    def summary(self) -> Summary:
+        """See `Contents.summary`."""
+        return self._manifest.summary
+
+    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> None:
+        """Nothing to do: the manifest says where everything lies."""
+        del store, asks, options, stats
+
+    def entry(self, key: str) -> OpenEntry:
+        """See `Contents.entry`."""
         entry = self._manifest.entries[key]
         if isinstance(entry, SealedEntry):
             raise missing_key(self._manifest, f"the value {key!r}")
@@ -67,22 +99,16 @@ class Locator:
     def read_chunk(
         self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
     ) -> RegionRead:
-        """A read of a rectangle of a chunk, counted from the chunk's first element.
-
-        Raises:
-            UnknownExtensionError, MissingLibraryError, EncryptionKeyError: its shard cannot be restored here.
-            ManifestError: what the manifest claims of its shard cannot be.
-        """
+        """See `Contents.read_chunk`."""
         name = layout.item_name(key, None if chunk.sizes == entry.shape else chunk.offsets)
         dtype = DTYPES[entry.dtype]
         return self._read(
             chunk, name, dtype.itemsize, dtype.number_size, chunk.sizes, region=region, is_direct=is_direct
         )
 
-    def read_bytes(self, key: str, entry: BytesEntry) -> RegionRead:
-        """A read of a whole byte string into memory; raises as `read_chunk`."""
-        shape = (entry.nbytes,)
-        return self._read(entry, layout.item_name(key, None), 1, 1, shape, region=Region((0,), shape), is_direct=True)
+    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
+        """See `Contents.read_bytes`."""
+        return self._read(entry, layout.item_name(key, None), 1, 1, (entry.nbytes,), region=region, is_direct=True)
 
     def _read(
         self,
@@ -151,16 +177,3 @@ class Locator:
         except CheckpointError as e:
             e.add_note(f"needed for {shard.key}; nothing was fetched")
             raise
-
-
-class MemorySink:
-    """A byte string received into memory of its own."""
-
-    def __init__(self, nbytes: int) -> None:
-        """Makes the memory."""
-        self.memory = memoryview(bytearray(nbytes))
-
-    def place(self, region: Region, data: memoryview) -> None:
-        """See `Sink.place`."""
-        (start,), (nbytes,) = region.offsets, region.sizes
-        self.memory[start : start + nbytes] = data

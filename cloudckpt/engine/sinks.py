@@ -27,6 +27,20 @@ class Sink(Protocol):
         ...
 
 
+class MemorySink:
+    """Some of a byte string, received into memory."""
+
+    def __init__(self, memory: memoryview, start: int = 0) -> None:
+        """Receives into ``memory`` the bytes from ``start`` on."""
+        self.memory = memory
+        self._start = start
+
+    def place(self, region: Region, data: memoryview) -> None:
+        """See `Sink.place`."""
+        start = region.offsets[0] - self._start
+        self.memory[start : start + region.sizes[0]] = data
+
+
 def damaged(name: str, key: str, at: Range) -> IntegrityError:
     """The error for stored bytes that do not match their checksum."""
     return IntegrityError(

@@ -11,7 +11,8 @@ from time import perf_counter
 import click
 
 import cloudckpt
-from cloudckpt.checkpoint import Array
+from cloudckpt.array import Array
+from cloudckpt.engine.regions import Locator
 from cloudckpt.engine.write import WriteOptions
 from cloudckpt.extensions import AesGcm, BytePlane, Extension, ZStandard
 from cloudckpt.manifest import unpack
@@ -73,11 +74,13 @@ def measure(url: str, store: StoreOptions) -> RowsFigure:
     if found.tobytes() != tensor[first : first + ROWS].view(torch.uint8).numpy().tobytes():
         msg = "the rows read are not those saved"
         raise click.ClickException(msg)
-    smallest = min(min(unpack(shard.frame_sizes)) for shard in checkpoint._manifest.shards)
+    contents = checkpoint._access.contents
+    assert isinstance(contents, Locator)  # noqa: S101 - for the type checker
+    smallest = min(min(unpack(shard.frame_sizes)) for shard in contents._manifest.shards)
     return RowsFigure(
         extensions=[extension.get_descriptor() for extension in chain],
         nbytes=NBYTES,
-        stored_nbytes=checkpoint.summary.stored_nbytes,
+        stored_nbytes=contents.summary.stored_nbytes,
         frames=checkpoint.stats.bytes_fetched // smallest,
         requests=checkpoint.stats.requests,
         bytes_needed=checkpoint.stats.bytes_needed,

@@ -14,8 +14,8 @@ import click
 import msgspec
 
 import cloudckpt
+from cloudckpt.array import Array
 from cloudckpt.catalog import newest_step, step_url
-from cloudckpt.checkpoint import Array
 from cloudckpt.cli.demo.events import Built, Event, Loaded, Saved, Saving, Stepped
 from cloudckpt.cli.demo.findings import Death, Resumed, Rows, findings_of
 from cloudckpt.cli.demo.runs import RANKS, Settings, Training
