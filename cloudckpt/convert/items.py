@@ -23,7 +23,7 @@ from cloudckpt.ranges import Range, Region, strides_of
 from cloudckpt.store.protocols import Get
 from cloudckpt.threads import in_thread
 
-_WHOLE_NBYTES = 4 << 20
+_WHOLE_NBYTES = 16 << 20
 """An item of at most that many bytes, wanted whole, is fetched and taken apart in memory: the copy costs less than
 the request that would find out where its elements lie."""
 

@@ -28,6 +28,7 @@ from cloudckpt.store.protocols import (
     Part,
     Upload,
 )
+from cloudckpt.store.receive import receive
 from cloudckpt.store.s3_errors import translated
 from cloudckpt.store.s3_http import OneAttemptSession, ViewsBody
 from cloudckpt.store.s3_options import S3Options
@@ -94,7 +95,7 @@ class S3Store:
                 if reply["ResponseMetadata"]["HTTPStatusCode"] != 206 or reply["ContentLength"] != len(at):
                     msg = f"{where} ends before byte {at.stop}, or its server does not serve ranges"
                     raise StoreError(msg)
-                await _receive(body.raw_stream.content, into)
+                await receive(body.raw_stream, into)
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -257,25 +258,6 @@ def _config(o: S3Options) -> AioConfig:
         response_checksum_validation="when_required",
         http_session_cls=OneAttemptSession,
     )
-
-
-async def _receive(stream: Any, into: Sequence[memoryview]) -> None:
-    """Copies an aiohttp stream into the buffers; its length was checked to be theirs."""
-    chunk = memoryview(b"")
-    for view in into:
-        filled = 0
-        while filled < len(view):
-            if not chunk:
-                chunk = memoryview((await stream.readchunk())[0])  # readany would join what has arrived
-                if not chunk:
-                    msg = "the connection ended inside the body"
-                    raise ConnectionError(msg)
-            taken = min(len(chunk), len(view) - filled)
-            view[filled : filled + taken] = chunk[:taken]
-            filled += taken
-            chunk = chunk[taken:]
-    while not stream.at_eof():  # so that the connection goes back whole
-        await stream.readany()
 
 
 def _conditions(condition: Condition | None) -> dict[str, str]:
