@@ -14,7 +14,7 @@ import numpy as np
 
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.engine.access import Access
-from cloudckpt.engine.contents import Ask
+from cloudckpt.engine.contents import Ask, Located
 from cloudckpt.engine.read import Wanted
 from cloudckpt.engine.sinks import Sink
 from cloudckpt.errors import DtypeMismatchError, ManifestError, ShapeMismatchError
@@ -146,25 +146,25 @@ class Array:
         whole = Region((0,) * self.ndim, self.shape)
         return [ask for ask, _ in self._parts(whole)]
 
-    def wanted(self, target: Target) -> list[Wanted]:
-        """Reads of all of it into ``target``, once it is located."""
-        return [self._wanted(ask, place, target) for ask, place in self._parts(Region((0,) * self.ndim, self.shape))]
+    def wanted(self, target: Target, located: Located) -> list[Wanted]:
+        """Reads of all of it into ``target``."""
+        whole = Region((0,) * self.ndim, self.shape)
+        return [self._wanted(ask, place, target, located) for ask, place in self._parts(whole)]
 
     def _read(self, into: Iterable[tuple[Region, Target]]) -> None:
         found = [(ask, place, target) for region, target in into for ask, place in self._parts(region)]
-        self._access.locate([ask for ask, _, _ in found])
-        self._access.read([self._wanted(*part) for part in found])
+        asks = [ask for ask, _, _ in found]
+        self._access.read(asks, lambda located: [self._wanted(*part, located) for part in found])
 
     def _parts(self, region: Region) -> Iterator[tuple[Ask, Region]]:
         """What each chunk holds of a rectangle, and where it stands in that."""
         for chunk, common in chunks_of(self._entry, region, self.key):
             yield Ask(self.key, chunk, common.relative_to(chunk.offsets)), common.relative_to(region.offsets)
 
-    def _wanted(self, ask: Ask, place: Region, target: Target) -> Wanted:
+    def _wanted(self, ask: Ask, place: Region, target: Target, located: Located) -> Wanted:
         assert isinstance(ask.at, Chunk)  # noqa: S101 - for the type checker
         sink = target.sink(place, ask.at.sizes, ask.region)
-        contents, is_direct = self._access.contents, sink.memory is not None
-        read = contents.read_chunk(self.key, self._entry, ask.at, ask.region, is_direct=is_direct)
+        read = located.read_chunk(self.key, self._entry, ask.at, ask.region, is_direct=sink.memory is not None)
         return Wanted(repr(self.key), read, sink)
 
 

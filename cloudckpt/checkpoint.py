@@ -172,9 +172,12 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
             nbytes = self._bytes_entry(key).nbytes
 
             def fetch(at: Range, into: memoryview) -> None:
-                region = Region((at.start,), (len(at),))
-                read = self._access.contents.read_bytes(key, self._bytes_entry(key), region)
-                self._access.read([Wanted(repr(key), read, MemorySink(into, at.start))])
+                region, sink = Region((at.start,), (len(at),)), MemorySink(into, at.start)
+                found = self._bytes_entry(key)
+                self._access.read(
+                    [Ask(key, found, region)],
+                    lambda located: [Wanted(repr(key), located.read_bytes(key, found, region), sink)],
+                )
 
         return FileView(fetch, nbytes, f"{self.url}[{key!r}]", max_ahead=self._access.options.max_request_size)
 
@@ -246,8 +249,10 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         """Reads tensors into ``into``, by name; ``keys`` says which."""
         arrays = {name: Array(self._access, key, self._tensor_entry(key)) for name, key in keys.items()}
         targets = {name: _target(into[name], array, self._access.options) for name, array in arrays.items()}
-        self._access.locate([ask for array in arrays.values() for ask in array.asks()])
-        self._access.read([wanted for name, array in arrays.items() for wanted in array.wanted(targets[name])])
+        self._access.read(
+            [ask for array in arrays.values() for ask in array.asks()],
+            lambda located: [w for name, array in arrays.items() for w in array.wanted(targets[name], located)],
+        )
 
     def _entry(self, key: str) -> OpenEntry:
         if key not in self._access.contents.entries:

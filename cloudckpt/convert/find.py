@@ -12,7 +12,7 @@ from cloudckpt.convert import safetensors, stock_dcp, torch_file
 from cloudckpt.convert.items import ForeignContents
 from cloudckpt.convert.safetensors import Header
 from cloudckpt.convert.torch_zip import TorchZip
-from cloudckpt.engine.commit import read_manifest_blob
+from cloudckpt.engine.commit import find_manifest_blob, read_manifest_blob
 from cloudckpt.engine.contents import Contents
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.regions import Locator
@@ -94,24 +94,24 @@ def _of_file(session: Session, parent: str, name: str, options: ReadOptions) -> 
 
 
 def _of_directory(session: Session, url: str, options: ReadOptions) -> Contents:
-    try:
-        blob = session.run(read_manifest_blob)
-    except CheckpointNotFoundError:
-        contents = _of_others(session, url, options)
-        if contents is None:
-            raise
-        return contents
-    return manifest_contents(blob.data, url, options)
+    blob = session.run(find_manifest_blob)
+    if blob is not None:
+        return manifest_contents(blob.data, url, options)
+    found = _of_others(session, url, options)
+    if found is not None:
+        return found
+    session.run(read_manifest_blob)  # which says what is there instead
+    raise CheckpointNotFoundError(url)
 
 
 def _of_others(session: Session, url: str, options: ReadOptions) -> Contents | None:
+    with suppress(ObjectNotFoundError):
+        data = session.run(lambda store: _get(store, stock_dcp.METADATA))
+        _refuse_unsealed(options, url)
+        return stock_dcp.parse(data, f"{url}/{stock_dcp.METADATA}", options)
     sizes = session.run(_list_files)
     indices = [name for name in sizes if name.endswith(safetensors.INDEX_SUFFIX)]
     files = [name for name in sizes if name.endswith(safetensors.SUFFIX)]
-    if stock_dcp.METADATA in sizes:
-        _refuse_unsealed(options, url)
-        data = session.run(lambda store: _get(store, stock_dcp.METADATA))
-        return stock_dcp.parse(data, f"{url}/{stock_dcp.METADATA}", options)
     if any(name.endswith(stock_dcp.SUFFIX) for name in sizes):
         msg = (
             f"{url} was never finished: there are files of DCP but no {stock_dcp.METADATA}. The save that wrote "

@@ -23,9 +23,9 @@ from cloudckpt.ranges import Range, Region, strides_of
 from cloudckpt.store.protocols import Get
 from cloudckpt.threads import in_thread
 
-_WHOLE_NBYTES = 16 << 20
+_WHOLE_NBYTES = 1 << 20
 """An item of at most that many bytes, wanted whole, is fetched and taken apart in memory: the copy costs less than
-the request that would find out where its elements lie."""
+the requests that would find out where its elements lie."""
 
 _PROBE_GAP = 64 << 10
 """Between two probes; larger ones would fetch the elements that lie between them."""
@@ -66,6 +66,15 @@ class Item(Protocol):
         """Bytes of the object that hold it, and may hold more."""
         ...
 
+    @property
+    def likeness(self) -> object | None:
+        """Items of equal likeness have their elements at the same place of their `extent`, for all one can tell.
+
+        None for those of which one cannot tell. Where one of them is guessed to be, `locate` proves when it is given
+        what lies around the elements.
+        """
+        ...
+
     def probes(self) -> Sequence[Range]:
         """What has to be fetched to learn where its elements lie; nothing where that is known."""
         ...
@@ -89,6 +98,7 @@ class PlainItem:
 
     key: str
     extent: Range
+    likeness: None = None
 
     def probes(self) -> Sequence[Range]:
         """See `Item.probes`."""
@@ -118,6 +128,7 @@ class ForeignContents:
     planner_paths: Mapping[str, PlannerPath] | None = None
     summary: None = None
     _found: dict[int, Plain | Coded] = field(default_factory=dict)
+    _guesses: bool = True
 
     def entry(self, key: str) -> OpenEntry:
         """See `Contents.entry`."""
@@ -132,52 +143,100 @@ class ForeignContents:
         assert isinstance(entry, TensorEntry | BytesEntry | ValueEntry)  # noqa: S101 - for the type checker
         return entry
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> None:
-        """See `Contents.locate`."""
-        names = {ask.at.frame: ask.key for ask in asks if not self._is_decoded(ask.at, ask.region)}
-        names = {i: key for i, key in names.items() if i not in self._found}
+    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> "_Located":
+        """See `Contents.locate`.
+
+        Of items that are alike, all of which are wanted whole, one is looked at. Where the others lie is guessed from
+        it, and proven by what comes with them: else each would cost a request more.
+        """
+        unknown = {ask.at.frame: ask for ask in asks if ask.at.frame not in self._found and not _is_decoded(ask)}
+        like: dict[object, int] = {}
+        guessed: dict[int, int] = {}
+        for i, ask in unknown.items():
+            likeness = self.items[i].likeness if self._guesses and _is_whole(ask) else None
+            if likeness is not None and like.setdefault(likeness, i) != i:
+                guessed[i] = like[likeness]
+        await self._probe(store, {i: ask.key for i, ask in unknown.items() if i not in guessed}, options, stats)
+        guesses = {}
+        for i, model in guessed.items():
+            found = self._found[model]
+            if isinstance(found, Plain):
+                guesses[i] = Plain(found.at.shift(self.items[i].extent.start - self.items[model].extent.start))
+        await self._probe(store, {i: unknown[i].key for i in guessed if i not in guesses}, options, stats)
+        return _Located(self, guesses, {i: unknown[i].key for i in guesses})
+
+    def learn(self, found: Mapping[int, Plain | Coded], *, is_as_guessed: bool) -> None:
+        """Takes note of where items lie."""
+        self._found |= found
+        self._guesses = self._guesses and is_as_guessed
+
+    def place_of(self, i: int) -> Plain | Coded:
+        """Where the elements of an item lie, which was asked for, and not guessed."""
+        item, found = self.items[i], self._found.get(i)
+        if found is not None:
+            return found
+        return Coded(item.extent, item.decode) if item.probes() else item.locate(())
+
+    async def _probe(self, store: Get, names: Mapping[int, str], options: ReadOptions, stats: Stats) -> None:
         probed: dict[int, list[memoryview]] = {}
         wanted = []
         for i, key in names.items():
-            item = self.items[i]
             with noting(key):
-                probes = item.probes()
+                probes = self.items[i].probes()
             probed[i] = [memoryview(bytearray(len(at))) for at in probes]
-            wanted += [
-                Wanted(repr(key), _raw(item.key, at), MemorySink(memory))
-                for at, memory in zip(probes, probed[i], strict=True)
-            ]
+            wanted += [_raw(key, self.items[i], *probe) for probe in zip(probes, probed[i], strict=True)]
         if wanted:
             probing = Stats()
             await read_regions(store, wanted, replace(options, max_gap=_PROBE_GAP), probing)
             stats.requests += probing.requests
             stats.bytes_fetched += probing.bytes_fetched
             stats.seconds += probing.seconds
-        self._found |= await in_thread(self._locate_all, names, probed)
+        if names:
+            self._found |= await in_thread(self.locate_all, names, probed)
 
-    def read_chunk(
-        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
-    ) -> RegionRead:
-        """See `Contents.read_chunk`."""
-        dtype = DTYPES[entry.dtype]
-        return self._read(key, chunk, dtype.itemsize, chunk.sizes, region, is_direct=is_direct)
-
-    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
-        """See `Contents.read_bytes`."""
-        return self._read(key, entry, 1, (entry.nbytes,), region, is_direct=True)
-
-    def _locate_all(
+    def locate_all(
         self, names: Mapping[int, str], probed: Mapping[int, Sequence[memoryview]]
     ) -> dict[int, Plain | Coded]:
+        """Where items lie, given what lies around their elements."""
         found = {}
         for i, key in names.items():
             with noting(key):
                 found[i] = self.items[i].locate(probed[i])
         return found
 
-    def _is_decoded(self, at: Chunk | BytesEntry, region: Region) -> bool:
-        """Whether an item that is not located yet is fetched whole, and taken apart in memory."""
-        return isinstance(at, Chunk) and region.sizes == at.sizes and at.stop - at.start <= _WHOLE_NBYTES
+
+class _Located:
+    """Implements `Located`: what is known of where items lie, and what was guessed for one load."""
+
+    def __init__(self, contents: ForeignContents, guesses: Mapping[int, Plain], names: Mapping[int, str]) -> None:
+        self._contents = contents
+        self._guesses = guesses
+        self._names = names
+        self._around: dict[int, list[memoryview]] = {}
+
+    def read_chunk(
+        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
+    ) -> RegionRead:
+        dtype = DTYPES[entry.dtype]
+        return self._read(key, chunk, dtype.itemsize, chunk.sizes, region, is_direct=is_direct)
+
+    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
+        return self._read(key, entry, 1, (entry.nbytes,), region, is_direct=True)
+
+    def checks(self) -> Sequence[Wanted]:
+        wanted = []
+        for i, guess in self._guesses.items():
+            item = self._contents.items[i]
+            ends = Range(item.extent.start, guess.at.start), Range(guess.at.stop, item.extent.stop)
+            self._around[i] = [memoryview(bytearray(len(at))) for at in ends]
+            wanted += [_raw(self._names[i], item, *end) for end in zip(ends, self._around[i], strict=True)]
+        return wanted
+
+    def is_proven(self) -> bool:
+        found = self._contents.locate_all(self._names, self._around)
+        is_as_guessed = found == self._guesses
+        self._contents.learn(found, is_as_guessed=is_as_guessed)
+        return is_as_guessed
 
     def _read(
         self,
@@ -189,10 +248,8 @@ class ForeignContents:
         *,
         is_direct: bool,
     ) -> RegionRead:
-        item = self.items[at.frame]
-        found = self._found.get(at.frame)
-        if found is None:
-            found = Coded(item.extent, item.decode) if item.probes() else item.locate(())
+        items = self._contents.items
+        found = self._guesses.get(at.frame) or self._contents.place_of(at.frame)
         stored = None
         if isinstance(found, Coded):
             stored = StoredFrames(
@@ -200,11 +257,11 @@ class ForeignContents:
                 token="",
                 item=key,
                 number_size=1,
-                first=found.at.start * len(self.items) + at.frame,  # in order of place, and no two alike
+                first=found.at.start * len(items) + at.frame,  # in order of place, and no two alike
                 starts=(found.at.start, found.at.stop),
             )
         return RegionRead(
-            key=item.key,
+            key=items[at.frame].key,
             start=found.at.start,
             itemsize=itemsize,
             shape=shape,
@@ -214,6 +271,15 @@ class ForeignContents:
             is_direct=is_direct,
             stored=stored,
         )
+
+
+def _is_whole(ask: Ask) -> bool:
+    return isinstance(ask.at, Chunk) and ask.region.sizes == ask.at.sizes
+
+
+def _is_decoded(ask: Ask) -> bool:
+    """Whether an item that is not located yet is fetched whole, and taken apart in memory."""
+    return _is_whole(ask) and ask.at.stop - ask.at.start <= _WHOLE_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,10 +356,11 @@ def shifted(found: Plain | Coded, by: int) -> Plain | Coded:
     return replace(found, at=found.at.shift(by))
 
 
-def _raw(key: str, at: Range) -> RegionRead:
+def _raw(name: str, item: Item, at: Range, into: memoryview) -> Wanted:
     """A read of bytes as they lie."""
     shape = (len(at),)
-    return RegionRead(
-        key=key, start=at.start, itemsize=1, shape=shape, region=Region((0,), shape), frame_size=1, checksums=(),
+    read = RegionRead(
+        key=item.key, start=at.start, itemsize=1, shape=shape, region=Region((0,), shape), frame_size=1, checksums=(),
         is_direct=True,
     )  # fmt: skip
+    return Wanted(repr(name), read, MemorySink(into))

@@ -73,6 +73,11 @@ class ZippedTensor:
     shape: tuple[int, ...]
     undo: Undo | None
 
+    @property
+    def likeness(self) -> object | None:
+        """See `Item.likeness`: what torch puts around the elements depends on little else."""
+        return None if self.undo is not None else (len(self.extent) - self._nbytes, self.dtype, len(self.shape))
+
     def probes(self) -> Sequence[Range]:
         """See `Item.probes`: both ends of the archive."""
         if self.undo is not None:
@@ -124,6 +129,7 @@ class TransformedBytes:
     extent: Range
     undo: Undo
     limit: int
+    likeness: None = None
 
     def probes(self) -> Sequence[Range]:
         """See `Item.probes`: how long it is shows when it is restored."""

@@ -28,6 +28,7 @@ class RecordTensor:
     key: str
     archive: TorchZip
     tensor: StoredTensor
+    likeness: None = None
 
     @property
     def extent(self) -> Range:

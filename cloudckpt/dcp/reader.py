@@ -4,11 +4,9 @@ Law: translates. No collectives unless a process group was given, so that one ra
 load alone.
 """
 
-import io
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,33 +19,29 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from cloudckpt.convert.find import find, manifest_contents
 from cloudckpt.dcp.border import border
 from cloudckpt.dcp.dtypes import dtype_of
-from cloudckpt.dcp.pickles import prove_safe
-from cloudckpt.dcp.tensors import TensorSink
+from cloudckpt.dcp.loading import Loading
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.engine.access import Access
 from cloudckpt.engine.commit import read_manifest_blob
-from cloudckpt.engine.contents import Ask, Contents
-from cloudckpt.engine.read import ReadOptions, Stats, Wanted
+from cloudckpt.engine.contents import Contents
+from cloudckpt.engine.read import ReadOptions, Stats
 from cloudckpt.engine.session import Session
-from cloudckpt.engine.sinks import MemorySink
 from cloudckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
-    DtypeMismatchError,
+    IntegrityError,
     LoadFailedError,
-    MissingKeyError,
-    ShapeMismatchError,
+    StoreError,
     UsageError,
 )
-from cloudckpt.manifest import BytesEntry, Chunk, TensorEntry, ValueEntry
-from cloudckpt.ranges import Region
+from cloudckpt.manifest import TensorEntry
 from cloudckpt.selection import Rename, select
 from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
@@ -189,28 +183,13 @@ class ObjectStoreReader(StorageReader):
         return future
 
     def _load(self, plan: LoadPlan, planner: LoadPlanner, access: Access) -> None:
-        contents = access.contents
-        access.locate([a for item in plan.items if (a := _ask(item, self._key(item), contents)) is not None])
-        tensors = [
-            _TensorItem.of(item, self._key(item), planner, contents, self._options)
-            for item in plan.items
-            if item.type == LoadItemType.TENSOR
-        ]
-        strings = [
-            _BytesItem.of(item, self._key(item), contents) for item in plan.items if item.type == LoadItemType.BYTE_IO
-        ]
+        loading = Loading(plan, planner, access.contents, self._keys, self._options)
         try:
-            access.read([w for w in (*(t.wanted for t in tensors), *(s.wanted for s in strings)) if w is not None])
-        except CheckpointError as e:
+            access.read(loading.asks(), loading.build)
+        except (IntegrityError, StoreError) as e:
             e.add_note("the tensors that were being loaded into are undefined now; load again before using them")
             raise
-        if not self._options.unsafe_pickle:
-            for string in strings:
-                prove_safe(string.data, string.item.storage_index.fqn)
-        for tensor in tensors:
-            tensor.commit(planner)
-        for string in strings:
-            planner.load_bytes(string.item, io.BytesIO(string.data))
+        loading.commit()
 
     def _open(self) -> Access:
         if self._url is None:
@@ -238,96 +217,6 @@ class ObjectStoreReader(StorageReader):
 
     def _access_to(self, contents: Contents, session: Session) -> Access:
         return Access(contents, session, self._options, self.stats)
-
-    def _key(self, item: ReadItem) -> str:
-        """The checkpoint's own key of what DCP knows under the name it is loaded under."""
-        name: str = item.storage_index.fqn
-        return self._keys[name]
-
-
-@dataclass(frozen=True, slots=True)
-class _TensorItem:
-    item: ReadItem
-    resolved: torch.Tensor
-    wanted: Wanted | None
-
-    @classmethod
-    def of(
-        cls, item: ReadItem, key: str, planner: LoadPlanner, contents: Contents, options: ReadOptions
-    ) -> "_TensorItem":
-        entry = _tensor_entry(key, contents)
-        chunk = _find_chunk(entry, item)
-        region = Region(tuple(item.storage_offsets), tuple(item.lengths))
-        resolved = planner.resolve_tensor(item)
-        stored = dtype_of(entry.dtype)
-        if tuple(resolved.shape) != region.sizes or not region.is_inside(chunk.sizes):
-            msg = (
-                f"{key!r}: a destination of {tuple(resolved.shape)} cannot take {region} of a chunk of {chunk.sizes}"
-            )
-            raise ShapeMismatchError(msg)
-        if resolved.dtype != stored and not options.cast:
-            msg = f"{key!r} is stored as {stored}, the destination is {resolved.dtype}, and cast=False"
-            raise DtypeMismatchError(msg)
-        sink = TensorSink(resolved, stored, chunk.sizes, region)
-        read = contents.read_chunk(key, entry, chunk, region, is_direct=sink.memory is not None)
-        return cls(item, resolved, Wanted(repr(key), read, sink) if region.numel else None)
-
-    def commit(self, planner: LoadPlanner) -> None:
-        torch.autograd.graph.increment_version(self.resolved)  # its memory was written behind autograd's back
-        planner.commit_tensor(self.item, self.resolved)
-
-
-@dataclass(frozen=True, slots=True)
-class _BytesItem:
-    item: ReadItem
-    data: memoryview
-    wanted: Wanted | None
-
-    @classmethod
-    def of(cls, item: ReadItem, key: str, contents: Contents) -> "_BytesItem":
-        entry = contents.entry(key)
-        match entry:
-            case BytesEntry():
-                data = memoryview(bytearray(entry.nbytes))
-                read = contents.read_bytes(key, entry, Region((0,), (entry.nbytes,)))
-                return cls(item, data, Wanted(repr(key), read, MemorySink(data)))
-            case ValueEntry():
-                saved = io.BytesIO()
-                torch.save(entry.value, saved)
-                return cls(item, saved.getbuffer(), None)
-            case _:
-                msg = f"{key!r} is a tensor in this checkpoint, and the state dict has none to load it into"
-                raise ShapeMismatchError(msg)
-
-
-def _ask(item: ReadItem, key: str, contents: Contents) -> Ask | None:
-    entry = contents.entry(key)
-    if isinstance(entry, ValueEntry):
-        return None
-    if isinstance(entry, BytesEntry):
-        return Ask(key, entry, Region((0,), (entry.nbytes,)))
-    return Ask(key, _find_chunk(entry, item), Region(tuple(item.storage_offsets), tuple(item.lengths)))
-
-
-def _tensor_entry(key: str, contents: Contents) -> TensorEntry:
-    entry = contents.entry(key)
-    if not isinstance(entry, TensorEntry):
-        msg = f"{key!r} is not a tensor in this checkpoint"
-        raise ShapeMismatchError(msg)
-    return entry
-
-
-def _find_chunk(entry: TensorEntry, item: ReadItem) -> Chunk:
-    index = item.storage_index
-    offsets = tuple(index.offset) if index.offset is not None else (0,) * len(entry.shape)
-    hint = index.index
-    if hint is not None and hint < len(entry.chunks) and entry.chunks[hint].offsets == offsets:
-        return entry.chunks[hint]
-    for chunk in entry.chunks:
-        if chunk.offsets == offsets:
-            return chunk
-    msg = f"{index.fqn!r} has no chunk at {offsets} in this checkpoint"
-    raise MissingKeyError(msg)
 
 
 def _metadata_of(contents: Contents, keys: Mapping[str, str], url: str) -> Metadata:

@@ -3,12 +3,15 @@
 Law: holds what reading needs, and decides nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Self
 
-from cloudckpt.engine.contents import Ask, Contents
+from cloudckpt.engine.contents import Ask, Contents, Located
 from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
 from cloudckpt.engine.session import Session
+from cloudckpt.store.protocols import Store
+from cloudckpt.threads import in_thread
 
 
 class Access:
@@ -39,10 +42,27 @@ class Access:
         """Closes the session. What is read later raises UsageError."""
         self._session.close()
 
-    def locate(self, asks: Sequence[Ask]) -> None:
-        """See `Contents.locate`."""
-        self._session.run(lambda store: self.contents.locate(store, asks, self.options, self.stats))
+    def read(self, asks: Sequence[Ask], build: Callable[[Located], Sequence[Wanted]]) -> None:
+        """Finds out where what is asked for lies, and reads it.
 
-    def read(self, wanted: Sequence[Wanted]) -> None:
-        """See `engine.read.read_regions`."""
-        self._session.run(lambda store: read_regions(store, wanted, self.options, self.stats))
+        Args:
+            asks: for everything that is to be read.
+            build: makes the reads; is called again if they were made by a wrong guess.
+
+        Raises:
+            IntegrityError, StoreError: as `engine.read.read_regions` and `Contents.locate`.
+        """
+        is_proven = False
+        while not is_proven:
+            located = self.locate(asks)
+            is_proven = self._session.run(partial(self._read, located, build(located)))
+
+    def locate(self, asks: Sequence[Ask]) -> Located:
+        """See `Contents.locate`."""
+        return self._session.run(lambda store: self.contents.locate(store, asks, self.options, self.stats))
+
+    async def _read(self, located: Located, wanted: Sequence[Wanted], store: Store) -> bool:
+        checks = located.checks()
+        await read_regions(store, [*wanted, *checks], self.options, self.stats)
+        self.stats.bytes_needed -= sum(check.read.nbytes for check in checks)
+        return await in_thread(located.is_proven) if checks else True

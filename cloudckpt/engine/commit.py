@@ -74,11 +74,8 @@ async def read_manifest_blob(store: Reads) -> Blob:
         CheckpointNotFoundError: nothing is there.
         ManifestError: see `manifest.parse_summary`.
     """
-    try:
-        blob = await store.get(MANIFEST)
-    except ObjectNotFoundError:
-        blob = None
-    if blob is not None and not parse_summary(blob.data, f"{store.url}/{MANIFEST}").is_tombstone:
+    blob = await find_manifest_blob(store)
+    if blob is not None:
         return blob
     async for _ in store.list_objects(SHARDS):
         msg = (
@@ -88,6 +85,15 @@ async def read_manifest_blob(store: Reads) -> Blob:
         raise NotCommittedError(msg)
     msg = f"there is no checkpoint at {store.url} (no {MANIFEST}); check the URL"
     raise CheckpointNotFoundError(msg)
+
+
+async def find_manifest_blob(store: Reads) -> Blob | None:
+    """As `read_manifest_blob`, but None where no checkpoint is committed."""
+    try:
+        blob = await store.get(MANIFEST)
+    except ObjectNotFoundError:
+        return None
+    return None if parse_summary(blob.data, f"{store.url}/{MANIFEST}").is_tombstone else blob
 
 
 async def prepare(store: Commits, *, overwrite: bool) -> Replaced | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cloudckpt.engine.fetching import RegionRead
-from cloudckpt.engine.read import ReadOptions, Stats
+from cloudckpt.engine.read import ReadOptions, Stats, Wanted
 from cloudckpt.manifest import BytesEntry, Chunk, Entry, OpenEntry, PlannerPath, Summary, TensorEntry
 from cloudckpt.ranges import Region
 from cloudckpt.store.protocols import Get
@@ -27,6 +27,37 @@ class Ask:
     key: str
     at: Chunk | BytesEntry
     region: Region
+
+
+class Located(Protocol):
+    """Where what was asked for lies; good for one load."""
+
+    def read_chunk(
+        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
+    ) -> RegionRead:
+        """A read of a rectangle of a chunk, counted from the chunk's first element.
+
+        Raises:
+            UnknownExtensionError, MissingLibraryError, EncryptionKeyError: it cannot be restored here.
+            ManifestError: what is claimed of its object cannot be.
+        """
+        ...
+
+    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
+        """A read of some of a byte string into memory; raises as `read_chunk`."""
+        ...
+
+    def checks(self) -> Sequence[Wanted]:
+        """What has to be read with the rest, to prove what was only guessed."""
+        ...
+
+    def is_proven(self) -> bool:
+        """Whether all guesses were right, once `checks` were read; what was read by a wrong one is worth nothing.
+
+        Raises:
+            IntegrityError: what lies there cannot be what was saved.
+        """
+        ...
 
 
 class Contents(Protocol):
@@ -65,8 +96,8 @@ class Contents(Protocol):
         """See the class."""
         ...
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> None:
-        """Learns where what is asked for lies, if that is not known yet. Comes before reads are made.
+    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> Located:
+        """Learns where what is asked for lies.
 
         Raises:
             IntegrityError: what lies there cannot be what was saved.
@@ -81,19 +112,4 @@ class Contents(Protocol):
             EncryptionKeyError: it is a value that is encrypted, and no keys were given.
             ManifestError: what is claimed of it cannot be.
         """
-        ...
-
-    def read_chunk(
-        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
-    ) -> RegionRead:
-        """A read of a rectangle of a chunk, counted from the chunk's first element.
-
-        Raises:
-            UnknownExtensionError, MissingLibraryError, EncryptionKeyError: it cannot be restored here.
-            ManifestError: what is claimed of its object cannot be.
-        """
-        ...
-
-    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
-        """A read of some of a byte string into memory; raises as `read_chunk`."""
         ...

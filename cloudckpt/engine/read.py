@@ -42,7 +42,7 @@ class ReadOptions:
         require_seal: refuse a checkpoint that was not saved with encryption on, and so could be anybody's.
     """
 
-    max_request_size: int = 16 << 20
+    max_request_size: int = 32 << 20
     max_gap: int = 1 << 20
     max_inflight_nbytes: int = 256 << 20
     concurrency: int = 16

@@ -14,10 +14,10 @@ from msgspec import UNSET
 
 from cloudckpt import layout
 from cloudckpt.dtypes import DTYPES
-from cloudckpt.engine.contents import Ask
+from cloudckpt.engine.contents import Ask, Located
 from cloudckpt.engine.fetching import RegionRead, StoredFrames
 from cloudckpt.engine.framing import FRAME_ALIGNMENT, MAX_FRAME_SIZE
-from cloudckpt.engine.read import ReadOptions, Stats
+from cloudckpt.engine.read import ReadOptions, Stats, Wanted
 from cloudckpt.engine.sealing import missing_key
 from cloudckpt.errors import CheckpointError, ManifestError
 from cloudckpt.extensions.chain import ShardChain, open_shard
@@ -79,9 +79,18 @@ class Locator:
         """See `Contents.summary`."""
         return self._manifest.summary
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> None:
-        """Nothing to do: the manifest says where everything lies."""
+    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> Located:
+        """See `Contents.locate`: the manifest says where everything lies."""
         del store, asks, options, stats
+        return self
+
+    def checks(self) -> Sequence[Wanted]:
+        """See `Located.checks`: none."""
+        return ()
+
+    def is_proven(self) -> bool:
+        """See `Located.is_proven`."""
+        return True
 
     def entry(self, key: str) -> OpenEntry:
         """See `Contents.entry`."""
@@ -99,7 +108,7 @@ class Locator:
     def read_chunk(
         self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
     ) -> RegionRead:
-        """See `Contents.read_chunk`."""
+        """See `Located.read_chunk`."""
         name = layout.item_name(key, None if chunk.sizes == entry.shape else chunk.offsets)
         dtype = DTYPES[entry.dtype]
         return self._read(
@@ -107,7 +116,7 @@ class Locator:
         )
 
     def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
-        """See `Contents.read_bytes`."""
+        """See `Located.read_bytes`."""
         return self._read(entry, layout.item_name(key, None), 1, 1, (entry.nbytes,), region=region, is_direct=True)
 
     def _read(

@@ -4,12 +4,15 @@ Law: the only file that knows S3. One method, one request: botocore's own retrie
 of requests on lost connections are both off.
 """
 
+import asyncio
 import base64
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from functools import cache
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
@@ -58,8 +61,7 @@ class S3Store:
     async def __aenter__(self) -> Self:
         o = self._options
         with translated(self.url):
-            session = AioSession(profile=o.profile)
-            session.register_component("data_loader", _service_models())
+            session = _session_of(o.profile)
             creating = session.create_client(
                 "s3",
                 region_name=o.region or (session.get_config_variable("region") or "us-east-1"),
@@ -237,6 +239,24 @@ class S3Store:
         o = self._options
         named = {"ServerSideEncryption": o.server_side_encryption, "SSEKMSKeyId": o.sse_kms_key_id}
         return {name: value for name, value in named.items() if value is not None}
+
+
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, AioSession]] = WeakKeyDictionary()
+
+
+def _session_of(profile: str | None) -> AioSession:
+    """A session for clients on this event loop: making one costs as much CPU as ten requests.
+
+    Credentials that were found once are kept, as boto3's default session keeps them, until the environment changes.
+    """
+    mine = _sessions.setdefault(asyncio.get_running_loop(), {})
+    key = profile, tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    if key not in mine:
+        session = AioSession(profile=profile)
+        session.register_component("data_loader", _service_models())
+        mine.clear()
+        mine[key] = session
+    return mine[key]
 
 
 @cache
