@@ -83,6 +83,20 @@ class FileView(io.RawIOBase):
             self._position = position
             return position
 
+    def read(self, size: int | None = -1, /) -> bytes:
+        """``size`` bytes from the position on, fewer only at the end; all of them where it is negative or None."""
+        self._check_open()
+        if size is None or size < 0:
+            return self.readall()
+        data = bytearray(max(0, min(size, self._nbytes - self._position)))
+        return bytes(memoryview(data)[: self.readinto(data)])
+
+    def write(self, data: Any, /) -> int:
+        """Not supported."""
+        del data
+        msg = f"{self.name} is not writable"
+        raise io.UnsupportedOperation(msg)
+
     def readinto(self, buffer: Any, /) -> int:
         """Fills ``buffer`` from the position on; fewer bytes than it holds only at the end.
 
