@@ -233,10 +233,12 @@ class _Located:
         return wanted
 
     def is_proven(self) -> bool:
-        found = self._contents.locate_all(self._names, self._around)
-        is_as_guessed = found == self._guesses
-        self._contents.learn(found, is_as_guessed=is_as_guessed)
-        return is_as_guessed
+        try:
+            found = self._contents.locate_all(self._names, self._around)
+        except CheckpointError:  # what was guessed to lie around the elements need not be what does
+            found = {}
+        self._contents.learn(found, is_as_guessed=found == self._guesses)
+        return found == self._guesses
 
     def _read(
         self,
@@ -249,7 +251,8 @@ class _Located:
         is_direct: bool,
     ) -> RegionRead:
         items = self._contents.items
-        found = self._guesses.get(at.frame) or self._contents.place_of(at.frame)
+        with noting(key):
+            found = self._guesses.get(at.frame) or self._contents.place_of(at.frame)
         stored = None
         if isinstance(found, Coded):
             stored = StoredFrames(

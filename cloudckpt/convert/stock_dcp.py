@@ -84,7 +84,10 @@ class ZippedTensor:
             return ()
         beside = len(self.extent) - self._nbytes
         if beside <= 0:
-            msg = f"{self._where} are fewer than its {self._nbytes} bytes of elements: the metadata is wrong"
+            msg = (
+                f"{self._where} are fewer than its {self._nbytes} bytes of elements: they were compressed, or cut "
+                "short, or the metadata is wrong"
+            )
             raise IntegrityError(msg)
         nbytes = min(beside, _PROBE_NBYTES)
         start, stop = self.extent.start, self.extent.stop
