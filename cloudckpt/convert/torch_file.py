@@ -18,6 +18,7 @@ from cloudckpt.ranges import Range
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 _MAX_LEAVES = 1_000_000
+_MAX_DEPTH = 500
 """A pickle of a few bytes can describe more than there are atoms."""
 
 
@@ -89,28 +90,32 @@ def contents_of(key: str, archive: TorchZip, where: str) -> ForeignContents:
                 msg = f"{where} describes more than {_MAX_LEAVES} values"
                 raise ManifestError(msg)
     except RecursionError as e:
-        msg = f"{where} describes an object that holds itself"
+        msg = f"{where} describes an object that holds itself, or is nested too deep"
         raise ManifestError(msg) from e
     return ForeignContents(format="torch.save", items=items, entries=entries, planner_paths=paths)
 
 
-def _leaves(value: Any, path: PlannerPath = ()) -> Iterator[tuple[PlannerPath, Any]]:
+def _leaves(root: Any) -> Iterator[tuple[PlannerPath, Any]]:
     """As DCP flattens a state dict: a list is opened where it holds tensors or mappings."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, (*path, str(key)))
-    elif isinstance(value, list) and _has_tensors(value):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, (*path, i))
-    elif isinstance(value, tuple) and not path and _has_tensors(list(value)):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, (i,))
-    else:
-        yield path, value
+    is_open: dict[int, bool] = {}
+    waiting: list[tuple[PlannerPath, Any]] = [((), list(root) if isinstance(root, tuple) else root)]
+    while waiting:
+        path, value = waiting.pop()
+        if len(path) > _MAX_DEPTH:
+            raise RecursionError
+        if isinstance(value, Mapping):
+            waiting += [((*path, str(key)), inner) for key, inner in reversed(value.items())]
+        elif isinstance(value, list) and _has_tensors(value, is_open):
+            waiting += [((*path, i), value[i]) for i in reversed(range(len(value)))]
+        else:
+            yield path, value
 
 
-def _has_tensors(values: Sequence[Any]) -> bool:
-    return any(
-        isinstance(value, StoredTensor | Mapping) or (isinstance(value, list) and _has_tensors(value))
-        for value in values
-    )
+def _has_tensors(values: list[Any], known: dict[int, bool]) -> bool:
+    if id(values) not in known:
+        known[id(values)] = False  # for a list that holds itself
+        known[id(values)] = any(
+            isinstance(value, StoredTensor | Mapping) or (isinstance(value, list) and _has_tensors(value, known))
+            for value in values
+        )
+    return known[id(values)]
