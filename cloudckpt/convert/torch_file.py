@@ -17,7 +17,7 @@ from cloudckpt.ranges import Range
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
-_MAX_LEAVES = 1_000_000
+_MAX_LEAVES = 500_000
 _MAX_DEPTH = 500
 """A pickle of a few bytes can describe more than there are atoms."""
 
@@ -104,7 +104,7 @@ def _leaves(root: Any) -> Iterator[tuple[PlannerPath, Any]]:
         if len(path) > _MAX_DEPTH:
             raise RecursionError
         if isinstance(value, Mapping):
-            waiting += [((*path, str(key)), inner) for key, inner in reversed(value.items())]
+            waiting += [((*path, str(key)), inner) for key, inner in reversed(list(value.items()))]
         elif isinstance(value, list) and _has_tensors(value, is_open):
             waiting += [((*path, i), value[i]) for i in reversed(range(len(value)))]
         else:

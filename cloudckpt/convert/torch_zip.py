@@ -6,6 +6,7 @@ Law: pure. Where a record lies is read from the archive's directory and from the
 import io
 import struct
 import zipfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -49,6 +50,7 @@ class TorchZip:
         self.records = {
             i.filename.removeprefix(self._prefix): i for i in infos if i.filename.startswith(self._prefix)
         }
+        self._starts = [*sorted(i.header_offset for i in infos if i.header_offset < self._stop), self._stop]
         if len({i.filename for i in infos}) != len(infos):
             self._refuse("two of its records have one name")
 
@@ -73,8 +75,7 @@ class TorchZip:
     def extent(self, name: str) -> Range:
         """From the record's header to the next, or to the directory: its bytes lie in there."""
         start = self._info(name).header_offset
-        later = [i.header_offset for i in self.records.values() if i.header_offset > start]
-        return Range(start, min([*later, self._stop]))
+        return Range(start, self._starts[bisect_right(self._starts, start)] if start < self._stop else start)
 
     def nbytes(self, name: str) -> int:
         """Of the record."""

@@ -141,7 +141,7 @@ class TensorSink:
         same = out.dtype == self._stored and not out.is_conj() and not out.is_neg()
         dtype = RAW[self._stored.itemsize] if same else self._stored
         if data.readonly or _address_of(data) % dtype.itemsize:
-            # torch warns of read-only memory, although nobody writes to it, and dies of complex128 that is not aligned
+            # torch warns of read-only memory, and dies of complex128 that is not aligned
             data = memoryview(bytearray(data))
         rows = torch.frombuffer(data, dtype=dtype).as_strided(region.sizes, self._strides)
         (out.view(dtype) if same else out).copy_(rows)
