@@ -153,6 +153,36 @@ def a_load_fetches_the_rows_that_each_rank_keeps(case):
     assert from_store.stats.bytes_fetched == from_store.stats.bytes_needed == 1000 * 64 * 4 // 2
 
 
+def saved_by_eight_for_fewer(case):
+    """Fully sharded, and by tensor parallelism."""
+    state = {
+        "rows": distribute_tensor(whole(1000, 64, seed=1), mesh(), [Shard(0)]),
+        "columns": distribute_tensor(whole(64, 1000, seed=2), mesh(), [Shard(1)]),
+    }
+    dcp.save(state, storage_writer=writer(case))
+    loaded = {"columns": distribute_tensor(torch.zeros(64, 1000), mesh(), [Shard(1)])}
+    from_store = reader(case, max_gap=0)
+    dcp.load(loaded, storage_reader=from_store)
+    assert torch.equal(loaded["columns"].to_local(), state["columns"].to_local())
+    assert from_store.stats.requests == 1  # the same mesh: each rank's columns are a chunk of their own
+    assert from_store.stats.bytes_fetched == from_store.stats.bytes_needed == 64 * 125 * 4
+
+
+def saved_by_eight_loaded_by_fewer(case):
+    url = case["url"].rpartition("/")[0] + "/saved_by_eight_for_fewer"
+    loaded = {"rows": distribute_tensor(torch.zeros(1000, 64), mesh(), [Shard(0)])}
+    from_store = reader({**case, "url": url})
+    dcp.load(loaded, storage_reader=from_store)
+    assert torch.equal(loaded["rows"].full_tensor(), whole(1000, 64, seed=1))
+    mine = loaded["rows"].to_local().nbytes
+    assert from_store.stats.bytes_fetched == from_store.stats.bytes_needed == mine
+    chunks = -(-8 // dist.get_world_size()) + 1
+    assert from_store.stats.requests <= chunks
+    loaded = {"columns": distribute_tensor(torch.zeros(64, 1000), mesh(), [Shard(1)])}
+    dcp.load(loaded, storage_reader=reader({**case, "url": url}))
+    assert torch.equal(loaded["columns"].full_tensor(), whole(64, 1000, seed=2))
+
+
 def plan_cache_on_saves_what_is_there_each_time(case):
     class Planner(DefaultSavePlanner):
         pass

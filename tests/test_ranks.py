@@ -139,3 +139,11 @@ def test_saved_by_one_and_by_two_loaded_by_four(two_ranks, config, tmp_path):
     shared = {**config, "shared": "saved_by_two_for_others_to_load"}
     outcome |= run_ranks(4, tmp_path, shared, "saved_by_two_loaded_by_four")
     assert outcome == {"saved_by_one_loaded_by_four": None, "saved_by_two_loaded_by_four": None}, outcome
+
+
+def test_saved_by_eight_ranks_loaded_by_two_and_by_three(config, tmp_path):
+    outcome = run_ranks(8, tmp_path, config, "saved_by_eight_for_fewer")
+    assert outcome == {"saved_by_eight_for_fewer": None}, outcome
+    for count in (2, 3):
+        outcome = run_ranks(count, tmp_path, config, "saved_by_eight_loaded_by_fewer")
+        assert outcome == {"saved_by_eight_loaded_by_fewer": None}, outcome

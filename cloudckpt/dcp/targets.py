@@ -58,9 +58,10 @@ def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: 
     Args:
         name: of the stored dtype, as the manifest spells it.
         shape: elements per axis.
-        dtype: instead of the stored one, where that is of floating point.
+        dtype: instead of the stored one, where that is of floating point and torch can convert it (packed float4: no).
         device: where.
     """
     stored = dtype_of(name)
-    chosen = dtype if dtype is not None and stored.is_floating_point else stored
+    is_castable = stored.is_floating_point and stored is not torch.float4_e2m1fn_x2
+    chosen = dtype if dtype is not None and is_castable else stored
     return torch.empty(shape, dtype=chosen, device=device)
