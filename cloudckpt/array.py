@@ -19,7 +19,7 @@ from cloudckpt.engine.read import Wanted
 from cloudckpt.engine.sinks import Sink
 from cloudckpt.errors import DtypeMismatchError, ManifestError, ShapeMismatchError
 from cloudckpt.manifest import Chunk, TensorEntry
-from cloudckpt.ranges import Range, Region, rectangles, strides_of
+from cloudckpt.ranges import Range, Region, is_bridged, rectangles, strides_of
 
 Index = int | slice | EllipsisType
 
@@ -290,7 +290,7 @@ def _parse_axis(part: Index, n: int, stride: int, array: Array, max_gap: int) ->
         return _Axis((), slice(None))
     direction = 1 if wanted.step > 0 else -1
     ascending = wanted[::direction]
-    if (ascending.step - 1) * stride > max_gap:
+    if not is_bridged((ascending.step - 1) * stride, stride, max_gap):
         return _Axis(tuple(Range(i, i + 1) for i in ascending), slice(None, None, direction))
     return _Axis((Range(ascending[0], ascending[-1] + 1),), slice(None, None, wanted.step))
 

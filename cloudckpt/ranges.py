@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Self
 
+_LITTLE = 0.05
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Range:
@@ -35,22 +37,36 @@ def split(whole: Range, size: int) -> Iterator[Range]:
         yield Range(start, min(start + size, whole.stop))
 
 
+def is_bridged(gap: int, run: int, max_gap: int) -> bool:
+    """Whether a gap between two runs is rather fetched than asked around.
+
+    Args:
+        gap: bytes that nobody wants.
+        run: bytes of the shorter of the two.
+        max_gap: bytes that cost as much as a request. Where both runs are at least as long, requests of their own
+            are cheap beside them, and a gap is only fetched that adds little to them.
+    """
+    return gap <= max_gap and (run < max_gap or gap <= _LITTLE * run)
+
+
 def coalesce(ranges: Iterable[Range], *, max_gap: int, max_size: int) -> Iterator[list[int]]:
     """Groups ranges that are worth one request.
 
     Args:
         ranges: sorted by start. One that overlaps those before it begins a new group, so that within a
             group every byte is wanted once.
-        max_gap: bytes between two ranges that are cheaper fetched than asked around.
+        max_gap: see `is_bridged`.
         max_size: bytes a group may span; a single longer range is a group of its own.
 
     Yields:
         The indices of each group's ranges, in order.
     """
     group: list[int] = []
-    start = stop = 0
+    start = stop = before = 0
     for i, r in enumerate(ranges):
-        if group and 0 <= r.start - stop <= max_gap and r.stop - start <= max_size:
+        is_near = r.start >= stop and is_bridged(r.start - stop, min(before, len(r)), max_gap)
+        before = len(r)
+        if group and is_near and r.stop - start <= max_size:
             group.append(i)
             stop = r.stop
             continue

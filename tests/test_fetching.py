@@ -243,3 +243,41 @@ def test_a_run_into_memory_brings_every_frame_that_lies_in_it_whole(nbytes, fram
     assert sorted(told) == [
         i for i in range(count) if first <= i * frame_size and min((i + 1) * frame_size, nbytes) <= last
     ]
+
+
+COLUMNS = {
+    "never": (0, 8, 2000),
+    "gaps cost more than requests": (749, 8, 2000),
+    "a gap costs as much as a request": (750, 1, 7250),
+    "always": (1 << 40, 1, 7250),
+}
+
+
+@pytest.mark.parametrize(("max_gap", "requests", "nbytes"), COLUMNS.values(), ids=COLUMNS)
+def test_the_gaps_between_columns_are_fetched_where_a_request_more_would_cost_more(max_gap, requests, nbytes):
+    columns = read_of((8, 1000), Region((0, 500), (8, 250)))
+    fetches = plan_fetches([columns], max_request_size=1 << 20, max_gap=max_gap)
+    assert (len(fetches), sum(len(f.at) for f in fetches)) == (requests, nbytes)
+
+
+LONG_RUNS = {"a wide gap": (0, 900, 8), "a narrow gap": (0, 960, 1), "a gap at a request's cost": (0, 200, 1)}
+
+
+@pytest.mark.parametrize(("first", "width", "requests"), LONG_RUNS.values(), ids=LONG_RUNS)
+def test_long_runs_are_joined_over_gaps_that_add_little_to_them(first, width, requests):
+    columns = read_of((8, 1000), Region((0, first), (8, width)))
+    max_gap = 800 if width < 800 else 500
+    assert len(plan_fetches([columns], max_request_size=1 << 20, max_gap=max_gap)) == requests
+
+
+def test_rows_of_neighbouring_tensors_are_fetched_to_the_byte():
+    """As when eight ranks' shards are loaded by three: two thirds of each chunk, one after the other."""
+    some = [read_of((300, 10), Region((0, 0), (200, 10)), start=3000 * i) for i in range(4)]
+    assert sum(len(f.at) for f in plan_fetches(some, max_request_size=1 << 20, max_gap=1500)) == 4 * 2000
+
+
+def test_each_gap_is_decided_by_itself():
+    """Rows that are kept apart hold runs that are joined."""
+    block = read_of((4, 10, 1000), Region((0, 2, 100), (4, 3, 300)))
+    fetches = plan_fetches([block], max_request_size=1 << 20, max_gap=700)
+    assert (len(fetches), {len(f.at) for f in fetches}) == (4, {2 * 1000 + 300})

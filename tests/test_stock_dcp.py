@@ -24,6 +24,7 @@ import cloudckpt
 from cloudckpt import errors
 from cloudckpt.dcp import ObjectStoreReader
 from cloudckpt.dtypes import DTYPES
+from cloudckpt.testing import Rot13, get_test_extension_registry
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf")
 
@@ -256,6 +257,23 @@ def test_a_broken_item_is_told_with_its_place_and_fails_alone(tmp_path, change, 
             assert "bad" in f"{told.value} {getattr(told.value, '__notes__', '')}"
     with pytest.raises(CheckpointException, match=message):
         dcp.load({"bad": torch.zeros(size)}, storage_reader=ObjectStoreReader(url), no_dist=True)
+
+
+@pytest.mark.parametrize("chain", ["zr", "rz", "zz"])
+def test_chains_of_extensions_are_undone_in_reverse(tmp_path, chain):
+    kinds = {"z": ZStandard, "r": Rot13}
+    directory = tmp_path / "x"
+    write(directory, {"w": big(0), "step": 5}, _extensions=[kinds[c]() for c in chain])
+    with cloudckpt.open(f"file://{directory}", registry=get_test_extension_registry()) as ckpt:
+        assert (ckpt["w"][3:5] == big(0).numpy()[3:5]).all()
+        assert torch.load(io.BytesIO(ckpt["step"]), weights_only=True) == 5
+
+
+def test_an_extension_that_is_not_registered_is_named(tmp_path):
+    directory = tmp_path / "x"
+    write(directory, {"w": big(0)}, _extensions=[Rot13()])
+    with cloudckpt.open(f"file://{directory}") as ckpt, pytest.raises(errors.CheckpointError, match="rot13"):
+        ckpt["w"][3]
 
 
 def test_a_file_that_is_missing_or_cut_short_is_told(tmp_path):

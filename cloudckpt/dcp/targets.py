@@ -58,7 +58,7 @@ def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: 
     Args:
         name: of the stored dtype, as the manifest spells it.
         shape: elements per axis.
-        dtype: instead of the stored one, where that is of floating point and torch can convert it (packed float4: no).
+        dtype: instead of the stored one, where that is of floating point and torch can convert it (not float4).
         device: where.
     """
     stored = dtype_of(name)

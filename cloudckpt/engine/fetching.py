@@ -9,7 +9,7 @@ from math import prod
 from typing import Protocol
 
 from cloudckpt.extensions.base import FrameContext
-from cloudckpt.ranges import Range, Region, coalesce, span_of, strides_of
+from cloudckpt.ranges import Range, Region, coalesce, is_bridged, span_of, strides_of
 
 
 class Restorer(Protocol):
@@ -109,7 +109,7 @@ def plan_fetches(reads: Sequence[RegionRead], *, max_request_size: int, max_gap:
     Args:
         reads: any number; empty regions ask for nothing.
         max_request_size: bytes of a request, at most, unless a single element is larger.
-        max_gap: bytes not wanted that a request rather fetches than asks around.
+        max_gap: see `ranges.is_bridged`.
     """
     by_key: dict[str, list[Piece]] = {}
     for i, read in enumerate(reads):
@@ -137,12 +137,12 @@ def _pieces(i: int, read: RegionRead, region: Region, size: int, max_gap: int) -
         yield _placed(i, read, region, span)
         return
     stride = strides_of(read.shape, read.itemsize)[axis]
-    one = rows_of(region, axis, 0, 1)
-    gap = stride - len(span_of(one, read.shape, read.itemsize))
-    if gap <= max_gap and len(span) <= size:
+    run = len(span_of(rows_of(region, axis, 0, 1), read.shape, read.itemsize))
+    is_joined = is_bridged(stride - run, run, max_gap)
+    if is_joined and len(span) <= size:
         yield _placed(i, read, region, span)
         return
-    rows = max(1, size // stride) if gap <= max_gap else 1
+    rows = max(1, size // stride) if is_joined else 1
     for row in range(0, region.sizes[axis], rows):
         part = rows_of(region, axis, row, min(rows, region.sizes[axis] - row))
         yield from _pieces(i, read, part, size, max_gap)

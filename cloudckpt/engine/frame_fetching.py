@@ -51,7 +51,7 @@ def plan_frame_fetches(reads: Sequence[FramedRead], *, max_request_size: int, ma
         reads: any number; empty regions ask for nothing.
         max_request_size: stored bytes of a request, and plain bytes that they restore to, at most, unless a single
             frame is larger.
-        max_gap: bytes not wanted that a request rather fetches than asks around.
+        max_gap: see `ranges.is_bridged`.
     """
     users: dict[str, dict[int, list[int]]] = {}
     for i, framed in enumerate(reads):

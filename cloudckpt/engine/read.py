@@ -30,8 +30,10 @@ class ReadOptions:
 
     Attributes:
         max_request_size: bytes of a ranged GET.
-        max_gap: bytes between two wanted ranges that one request rather fetches than asks around: about what
-            a connection carries in a request's latency (20 ms at 50 MB/s).
+        max_gap: bytes that cost as much as a request. A gap between two wanted ranges is fetched if it is not
+            longer, unless both are: then it is fetched if it adds little to them (`ranges.is_bridged`). Columns of
+            rows of up to that length, such as tensor parallelism keeps, are read in few large requests then, and
+            rows of tensors, such as FSDP keeps, to the byte (figures in docs/benchmarks.md).
         max_inflight_nbytes: the byte budget of a load on this rank.
         concurrency: requests under way at a time, at most.
         cast: convert to the destination's dtype where it differs, as ``torch.Tensor.copy_`` does; False
@@ -43,7 +45,7 @@ class ReadOptions:
     """
 
     max_request_size: int = 32 << 20
-    max_gap: int = 1 << 20
+    max_gap: int = 256 << 10
     max_inflight_nbytes: int = 256 << 20
     concurrency: int = 16
     cast: bool = True

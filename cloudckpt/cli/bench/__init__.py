@@ -27,7 +27,11 @@ by hand: localstack/seaweedfs.sh install, then start, then cloudckpt bench --cre
 @click.option("--one-tensor-size", default="4GiB", show_default=True, type=SIZE, help="Of one-tensor's tensor.")
 @click.option("--contenders", metavar="NAMES", help="Comma-separated; each workload has its own by default.")
 @click.option(
-    "--workloads", default="weights,rows,bf16-128,one-tensor", show_default=True, metavar="NAMES", help="To run."
+    "--workloads",
+    default="weights,rows,partial,stock,bf16-128,one-tensor",
+    show_default=True,
+    metavar="NAMES",
+    help="To run.",
 )
 @click.option("--addressing-style", default="auto", show_default=True, type=click.Choice(["auto", "path", "virtual"]))
 @click.option("--create-bucket", is_flag=True, help="Create the bucket where it does not exist.")

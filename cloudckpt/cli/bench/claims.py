@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary
+from cloudckpt.cli.bench.partial import NAME as PARTIAL
+from cloudckpt.cli.bench.partial import Partial
 from cloudckpt.cli.bench.rows import MOST_FRAMES, ROWS, RowsFigure
 from cloudckpt.cli.bench.sizes import spelled
 from cloudckpt.cli.bench.weights import NAME as WEIGHTS
@@ -12,7 +14,13 @@ from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
 MOST_CPU = 0.5
 """Of a peer's client CPU."""
 LEAST_LOAD_SPEED = 3.0
+LEAST_STOCK_LOAD_SPEED = 4.0
+LEAST_SLICE_SPEED = 50.0
 """Of a peer's."""
+MOST_FETCHED = 1.05
+"""Bytes, for each that is needed."""
+MOST_OF_FASTEST = 1.25
+"""Of the time that the fastest of several ways takes."""
 OVERHEAD_NBYTES = 100 << 20
 """That a save or a load may take beside its byte budget."""
 MOST_STORED = {"bf16": 0.69, "fp32": 0.84}
@@ -31,15 +39,15 @@ class Claim:
     holds: bool | None
 
 
-def about_speed(workload: str, ratios: Sequence[Ratio]) -> list[Claim]:
+def about_speed(workload: str, ratios: Sequence[Ratio], least_load_speed: float = LEAST_LOAD_SPEED) -> list[Claim]:
     """Client CPU and load speed beside each peer."""
     claims = []
     for ratio in ratios:
         says = f"{ratio.operation}: client CPU at most {MOST_CPU:g} of {ratio.peer}'s"
         claims.append(Claim(workload=workload, says=says, measured=f"{ratio.cpu:.2f}", holds=ratio.cpu <= MOST_CPU))
         if ratio.operation == "load":
-            says = f"load: at least {LEAST_LOAD_SPEED:g} times as fast as {ratio.peer}"
-            holds = ratio.speed >= LEAST_LOAD_SPEED
+            says = f"load: at least {least_load_speed:g} times as fast as {ratio.peer}"
+            holds = ratio.speed >= least_load_speed
             claims.append(Claim(workload=workload, says=says, measured=f"{ratio.speed:.2f}", holds=holds))
     return claims
 
@@ -72,6 +80,27 @@ def about_weights(figures: Sequence[WeightsFigure]) -> list[Claim]:
         holds = f.up_ratio >= LEAST_TRANSFORM_SPEED
         claims.append(Claim(workload=WEIGHTS, says=says, measured=f"{f.up_ratio:.2f}", holds=holds))
     return claims
+
+
+def about_partial(figures: Partial) -> list[Claim]:
+    """What partial loads fetch, and how fast ten rows are."""
+    found = []
+    for f in figures.fetched:
+        says = f"{f.case}: at most {MOST_FETCHED:g} bytes fetched for each needed"
+        found.append(Claim(workload=PARTIAL, says=says, measured=f"{f.ours:.3f}", holds=f.ours <= MOST_FETCHED))
+    for tensor in dict.fromkeys(way.tensor for way in figures.ways):
+        ways = [way for way in figures.ways if way.tensor == tensor]
+        chosen = next(way for way in ways if way.is_default)
+        fastest = min(way.wall_s for way in ways)
+        says = f"columns of {tensor}: the way chosen takes at most {MOST_OF_FASTEST:g} of the fastest's time"
+        measured = f"{chosen.wall_s / fastest:.2f}"
+        holds = chosen.wall_s <= MOST_OF_FASTEST * fastest
+        found.append(Claim(workload=PARTIAL, says=says, measured=measured, holds=holds))
+    for s in figures.slices:
+        says = f"ten rows, {s.ours}: at least {LEAST_SLICE_SPEED:g} times as fast as FsspecReader, {s.peer}"
+        holds = s.speed >= LEAST_SLICE_SPEED
+        found.append(Claim(workload=PARTIAL, says=says, measured=f"{s.speed:.0f}", holds=holds))
+    return found
 
 
 def about_rows(figure: RowsFigure) -> list[Claim]:

@@ -19,7 +19,10 @@ COMPRESSED = "cloudckpt-zstd"
 SLOW_CORE = "cloudckpt-zstd-slow"
 """At a level that one core compresses far slower than the store takes."""
 
-OUR_KINDS = (OURS, COMPRESSED, SLOW_CORE)
+OURS_ON_STOCK = "cloudckpt-stock"
+"""Loads what torch's own writer saved."""
+
+OUR_KINDS = (OURS, COMPRESSED, SLOW_CORE, OURS_ON_STOCK)
 
 
 class Contender(Protocol):
@@ -99,6 +102,37 @@ class Cloudckpt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OnStock:
+    """This project's reader, on checkpoints that torch's own writer saves.
+
+    Attributes:
+        reads: how it loads.
+        writes: how it saves.
+    """
+
+    reads: Cloudckpt
+    writes: "Fsspec"
+    name: str = OURS_ON_STOCK
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """See `Contender.modules`."""
+        return self.reads.modules
+
+    def settings(self) -> dict[str, Any]:
+        """See `Contender.settings`."""
+        return {"writer": self.writes.settings()["writer"], "read": self.reads.settings()["read"]}
+
+    def save(self, state: State, url: str) -> None:
+        """See `Contender.save`."""
+        self.writes.save(state, url)
+
+    def load(self, state: State, url: str) -> None:
+        """See `Contender.load`."""
+        self.reads.load(state, url)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fsspec:
     """PyTorch's own FsspecWriter and FsspecReader over s3fs, which keep their file systems between calls.
 
@@ -165,7 +199,18 @@ def all_contenders(addressing_style: str) -> dict[str, Contender]:
             is_on_one_core=True,
             addressing_style=addressing_style,
         ),
+        OnStock(
+            reads=Cloudckpt(addressing_style=addressing_style),
+            writes=Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
+        ),
         Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
+        Fsspec(
+            name="fsspec-default",
+            threads=1,
+            addressing_style=addressing_style,
+            write_storage={"default_block_size": 8 << 20},
+            read_storage={},
+        ),
         Fsspec(name="fsspec-8", threads=8, addressing_style=addressing_style),
     ]
     return {contender.name: contender for contender in known}

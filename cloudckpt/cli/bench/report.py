@@ -12,8 +12,9 @@ from rich.table import Table
 
 from cloudckpt.cli.bench import claims
 from cloudckpt.cli.bench.claims import Claim
-from cloudckpt.cli.bench.contenders import OUR_KINDS, OURS
-from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary, compare, summarize
+from cloudckpt.cli.bench.contenders import OUR_KINDS, OURS, OURS_ON_STOCK
+from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, compare, summarize
+from cloudckpt.cli.bench.partial import Fetched, Slice, Way
 from cloudckpt.cli.bench.session import Results
 from cloudckpt.cli.bench.sizes import spelled
 from cloudckpt.cli.bench.weights import WeightsFigure
@@ -34,6 +35,10 @@ def show(results: Results) -> None:
         ratios = _ratios(results, workload)
         if ratios:
             console.print(_ratios_table(workload, ratios))
+    if results.partial is not None:
+        console.print(_fetched_table(results.partial.fetched))
+        console.print(_ways_table(results.partial.ways))
+        console.print(_slices_table(results.partial.slices))
     found = _claims(results)
     if found:
         console.print(_claims_table(found))
@@ -56,6 +61,7 @@ def as_json(results: Results) -> dict[str, Any]:
         },
         "weights": [asdict(figure) for figure in results.weights],
         "rows": asdict(results.rows) if results.rows is not None else None,
+        "partial": asdict(results.partial) if results.partial is not None else None,
         "claims": [asdict(claim) for claim in _claims(results)],
     }
 
@@ -67,22 +73,25 @@ def _summaries(results: Results, workload: Workload) -> list[Summary]:
 
 def _ratios(results: Results, workload: Workload) -> list[Ratio]:
     names = results.contenders_of(workload.name)
+    ours = next((name for name in names if name in {OURS, OURS_ON_STOCK}), None)
+    if ours is None:
+        return []
     peers = [name for name in names if name not in OUR_KINDS]
-    return [
-        compare(results.figures, workload.name, OURS, peer, operation)
-        for operation in OPERATIONS
-        for peer in peers
-        if OURS in names
-    ]
+    operations: tuple[Operation, ...] = ("load",) if ours == OURS_ON_STOCK else OPERATIONS
+    return [compare(results.figures, workload.name, ours, peer, op) for op in operations for peer in peers]
 
 
 def _claims(results: Results) -> list[Claim]:
     found = claims.about_weights(results.weights)
     if results.rows is not None:
         found += claims.about_rows(results.rows)
+    if results.partial is not None:
+        found += claims.about_partial(results.partial)
     budget = {"save": WriteOptions().max_inflight_nbytes, "load": ReadOptions().max_inflight_nbytes}
     for workload in results.workloads.values():
-        found += claims.about_speed(workload.name, _ratios(results, workload))
+        found += claims.about_speed(
+            workload.name, _ratios(results, workload), results.least_load_speed(workload.name)
+        )
         for summary in _summaries(results, workload):
             if summary.contender in OUR_KINDS:
                 found += claims.about_memory(workload.name, [summary], budget[summary.operation])
@@ -103,6 +112,42 @@ def _weights_table(figures: Sequence[WeightsFigure]) -> Table:
     return table
 
 
+def _fetched_table(figures: Sequence[Fetched]) -> Table:
+    table = Table(title="bytes fetched for each byte needed, counted at the server", title_justify="left")
+    table.add_column("load")
+    for name in ("needed MiB", "cloudckpt", "cloudckpt on stock", "FsspecReader on stock"):
+        table.add_column(name, justify="right")
+    for f in figures:
+        table.add_row(
+            f.case, f"{f.needed / (1 << 20):.1f}", f"{f.ours:.3f}", f"{f.ours_on_stock:.3f}", f"{f.peer:.3f}"
+        )
+    return table
+
+
+def _ways_table(figures: Sequence[Way]) -> Table:
+    table = Table(title="a column shard out of row-major chunks, by the knob max_gap", title_justify="left")
+    for name in ("tensor", "way"):
+        table.add_column(name)
+    for name in ("requests", "fetched / needed", "wall s", "CPU s"):
+        table.add_column(name, justify="right")
+    for f in figures:
+        way = f"{f.way} (the default)" if f.is_default else f.way
+        figures_ = str(f.requests), f"{f.fetched / f.needed:.2f}", f"{f.wall_s:.3f}", f"{f.cpu_s:.3f}"
+        table.add_row(f.tensor, way, *figures_)
+    return table
+
+
+def _slices_table(figures: Sequence[Slice]) -> Table:
+    table = Table(title="ten rows of a stock tensor of 256 MiB: times as fast as FsspecReader", title_justify="left")
+    for name in ("cloudckpt", "FsspecReader"):
+        table.add_column(name)
+    for name in ("s", "its s", "times as fast"):
+        table.add_column(name, justify="right")
+    for f in figures:
+        table.add_row(f.ours, f.peer, f"{f.our_s:.4f}", f"{f.peer_s:.3f}", f"{f.speed:.0f}")
+    return table
+
+
 def _figures_table(workload: Workload, summaries: list[Summary]) -> Table:
     size = f"{spelled(workload.nbytes)} of bf16 in {workload.tensors} tensor{'s' * (workload.tensors > 1)}"
     rounds = f"median of {workload.rounds} rounds" if workload.rounds > 1 else "one round"
@@ -120,7 +165,8 @@ def _figures_table(workload: Workload, summaries: list[Summary]) -> Table:
 
 def _ratios_table(workload: Workload, ratios: list[Ratio]) -> Table:
     table = Table(
-        title=f"{workload.name}: {OURS} beside its peers, median of the rounds' ratios", title_justify="left"
+        title=f"{workload.name}: {ratios[0].contender} beside its peers, median of the rounds' ratios",
+        title_justify="left",
     )
     for name in ("operation", "peer"):
         table.add_column(name)

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import click
 
-from cloudckpt.cli.bench import rows, weights
+from cloudckpt.cli.bench import partial, rows, weights
+from cloudckpt.cli.bench.claims import LEAST_LOAD_SPEED, LEAST_STOCK_LOAD_SPEED
 from cloudckpt.cli.bench.contenders import Contender, all_contenders
 from cloudckpt.cli.bench.figures import Figure
 from cloudckpt.cli.bench.machine import Machine, describe
+from cloudckpt.cli.bench.partial import Partial
 from cloudckpt.cli.bench.place import Place
 from cloudckpt.cli.bench.rows import RowsFigure
 from cloudckpt.cli.bench.runner import run
@@ -34,6 +36,11 @@ class Results:
     figures: list[Figure]
     weights: list[WeightsFigure]
     rows: RowsFigure | None
+    partial: Partial | None
+
+    def least_load_speed(self, workload: str) -> float:
+        """How many times as fast as its peers' its loads are said to be."""
+        return LEAST_STOCK_LOAD_SPEED if workload == "stock" else LEAST_LOAD_SPEED
 
     def contenders_of(self, workload: str) -> list[str]:
         """Those that were measured with it, in the order they were asked for."""
@@ -60,18 +67,20 @@ def measure(
     """
     known = all_contenders(addressing_style)
     at_hand = all_workloads(size=size, tensors=tensors, one_tensor_size=one_tensor_size, rounds=rounds)
-    asked_for = _named(workloads, {**at_hand, weights.NAME: None, rows.NAME: None}, "--workloads")
+    asked_for = _named(workloads, {**at_hand, weights.NAME: None, rows.NAME: None, partial.NAME: None}, "--workloads")
     chosen = {name: workload for name, workload in asked_for.items() if workload is not None}
     asked = _named(contenders, known, "--contenders") if contenders is not None else None
     Place(url.rstrip("/"), addressing_style).check(create_bucket=create_bucket)
     url = f"{url.rstrip('/')}/cloudckpt-bench-{token_hex(4)}"
     place = Place(url, addressing_style)
     figures: list[Figure] = []
-    found_rows = None
+    found_rows = found_partial = None
     found_weights = list(weights.measure(rounds)) if weights.NAME in asked_for else []
     try:
         if rows.NAME in asked_for:
             found_rows = rows.measure(f"{url}/{rows.NAME}", place.store)
+        if partial.NAME in asked_for:
+            found_partial = partial.measure(f"{url}/{partial.NAME}", rounds, addressing_style)
         for workload in chosen.values():
             taking_part = list(asked.values()) if asked else [known[name] for name in workload.contenders]
             for figure in run(workload, taking_part, url, place):
@@ -89,6 +98,7 @@ def measure(
         figures=figures,
         weights=found_weights,
         rows=found_rows,
+        partial=found_partial,
     )
 
 

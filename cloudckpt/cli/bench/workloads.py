@@ -52,6 +52,14 @@ def all_workloads(*, size: int, tensors: int, one_tensor_size: int, rounds: int)
             contenders=("cloudckpt", "fsspec", "fsspec-8"),
         ),
         Workload(
+            name="stock",  # all save it alike, as torch does
+            nbytes=size,
+            tensors=tensors,
+            rounds=rounds,
+            has_warm_up=True,
+            contenders=("cloudckpt-stock", "fsspec", "fsspec-default"),
+        ),
+        Workload(
             name="one-tensor",
             nbytes=one_tensor_size,
             tensors=1,
