@@ -155,7 +155,8 @@ def test_a_frame_that_several_want_is_fetched_once():
     ("max_request_size", "max_gap", "wanted"),
     [
         (1000, 0, [(0, 10), (20, 40)]),
-        (1000, 10, [(0, 40)]),
+        (1000, 10, [(0, 10), (20, 40)]),  # as long as the gap: requests of their own
+        (1000, 11, [(0, 40)]),
         (20, 0, [(0, 10), (20, 30), (30, 40)]),  # 16 plain bytes each: one in 20
         (32, 0, [(0, 10), (20, 40)]),
         (1, 0, [(0, 10), (20, 30), (30, 40)]),

@@ -103,6 +103,30 @@ async def test_bodies_of_any_size_arrive(nbytes, pieces):
         assert memory == BODY[:nbytes]
 
 
+async def test_most_of_a_large_body_never_passes_through_aiohttp():
+    async with Server(sending(BODY, pieces=10)) as server, session() as client:
+        _, views = cut(len(BODY))
+        async with client.get(server.url) as response:
+            await receive(response, views)
+            assert response.content.total_bytes < len(BODY) // 2
+
+
+async def test_a_slow_body_is_waited_for_as_long_as_something_comes():
+    async def answer(writer, _):
+        writer.write(head(len(BODY)))
+        for start in range(0, len(BODY), 1 << 19):
+            writer.write(BODY[start : start + (1 << 19)])
+            await writer.drain()
+            await asyncio.sleep(0.1)  # the server's pace: half of what the client puts up with
+
+    async with Server(answer) as server, session(timeout=0.2) as client:
+        for _ in range(2):
+            memory, views = cut(len(BODY))
+            await get_into(client, server.url, views)
+            assert memory == BODY
+        assert server.connections == 1
+
+
 async def test_a_body_is_spread_over_buffers_of_all_sizes():
     async with Server(sending(BODY, pieces=7)) as server, session() as client:
         memory, views = cut(len(BODY), 0, 1, 70000, 0, 3, 1 << 20, 0, 17)

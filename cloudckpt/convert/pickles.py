@@ -25,6 +25,7 @@ _BROKEN = (
     EOFError,
     RecursionError,
     OverflowError,
+    MemoryError,  # a length that was altered
 )
 """What Python's unpickler raises for pickles that are cut, altered or made up."""
 

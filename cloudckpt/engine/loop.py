@@ -8,6 +8,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from cloudckpt.errors import unwrap
 from cloudckpt.threads import DaemonExecutor
 
 T = TypeVar("T")
+_LOOK_S = 1
+"""How often a waiting caller looks for signals."""
 _CLEAN_UP_S = 30
 """How long an interrupted caller waits for what it interrupted to clean up."""
 
@@ -42,6 +45,8 @@ class LoopThread:
         ended = threading.Event()
         future = asyncio.run_coroutine_threadsafe(_unwrapping(main, ended), self._loop)
         try:
+            while not wait([future], timeout=_LOOK_S).done:
+                pass  # a signal that came just before the wait is seen now
             return future.result()
         except BaseException:  # also what a signal handler raises, such as SystemExit
             if not future.done():

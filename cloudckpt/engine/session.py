@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 from cloudckpt.engine import loop
 from cloudckpt.errors import UsageError
 from cloudckpt.store.protocols import Store
-from cloudckpt.store.url import StoreOptions, open_store
+from cloudckpt.store.url import StoreOptions, close_kept_clients, open_store
 
 T = TypeVar("T")
 
@@ -108,9 +108,13 @@ class Session:
         holder = self._holder
         if holder.opened is None or holder.opened.pid != os.getpid():
             holder.take()
-            holder.opened = _Opened(open_store(self._url, self._options))
+            _used_by.add(os.getpid())
+            holder.opened = _Opened(open_store(self._url, self._options, keeps_client=True))
         return await holder.opened.store()
 
+
+_used_by: set[int] = set()
+"""Processes in which a store was opened: this one, and those it was forked from."""
 
 _sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 
@@ -118,6 +122,8 @@ _sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
 def _close_all() -> None:
     for session in list(_sessions):
         session.close()
+    if os.getpid() in _used_by:
+        loop.run(close_kept_clients)
 
 
 atexit.register(_close_all)

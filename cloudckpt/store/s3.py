@@ -4,20 +4,11 @@ Law: the only file that knows S3. One method, one request: botocore's own retrie
 of requests on lost connections are both off.
 """
 
-import asyncio
 import base64
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
-from functools import cache
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakKeyDictionary
-
-from aiobotocore.config import AioConfig
-from aiobotocore.session import AioSession
-from botocore import UNSIGNED
-from botocore.loaders import Loader
 
 from cloudckpt.errors import StoreError
 from cloudckpt.ranges import Range
@@ -32,8 +23,9 @@ from cloudckpt.store.protocols import (
     Upload,
 )
 from cloudckpt.store.receive import receive
+from cloudckpt.store.s3_clients import s3_client
 from cloudckpt.store.s3_errors import translated
-from cloudckpt.store.s3_http import OneAttemptSession, ViewsBody
+from cloudckpt.store.s3_http import ViewsBody
 from cloudckpt.store.s3_options import S3Options
 
 _MAX_DELETE = 1000  # docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
@@ -42,14 +34,16 @@ _MAX_DELETE = 1000  # docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.
 class S3Store:
     """Implements `Store` over a prefix of a bucket; an async context manager that owns its connections."""
 
-    def __init__(self, bucket: str, prefix: str, options: S3Options) -> None:
+    def __init__(self, bucket: str, prefix: str, options: S3Options, *, keeps_client: bool = False) -> None:
         """Roots a store at ``s3://bucket/prefix``.
 
         Args:
             bucket: its name.
             prefix: empty, or ending in ``/``.
             options: how to reach it.
+            keeps_client: see `s3_clients.s3_client`.
         """
+        self._keeps_client = keeps_client
         self._bucket = bucket
         self._prefix = prefix
         self._options = options
@@ -59,20 +53,8 @@ class S3Store:
         self.identity = f"{options.endpoint_url or 's3'}/{bucket}"
 
     async def __aenter__(self) -> Self:
-        o = self._options
         with translated(self.url):
-            session = _session_of(o.profile)
-            creating = session.create_client(
-                "s3",
-                region_name=o.region or (session.get_config_variable("region") or "us-east-1"),
-                endpoint_url=o.endpoint_url,
-                aws_access_key_id=o.access_key_id,
-                aws_secret_access_key=o.secret_access_key,
-                aws_session_token=o.session_token,
-                verify=o.ca_bundle,
-                config=_config(o),
-            )
-            self._client = await self._exit.enter_async_context(creating)
+            self._client = await self._exit.enter_async_context(s3_client(self._options, is_kept=self._keeps_client))
         return self
 
     async def __aexit__(
@@ -239,45 +221,6 @@ class S3Store:
         o = self._options
         named = {"ServerSideEncryption": o.server_side_encryption, "SSEKMSKeyId": o.sse_kms_key_id}
         return {name: value for name, value in named.items() if value is not None}
-
-
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, AioSession]] = WeakKeyDictionary()
-
-
-def _session_of(profile: str | None) -> AioSession:
-    """A session for clients on this event loop: making one costs as much CPU as ten requests.
-
-    Credentials that were found once are kept, as boto3's default session keeps them, until the environment changes.
-    """
-    mine = _sessions.setdefault(asyncio.get_running_loop(), {})
-    key = profile, tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
-    if key not in mine:
-        session = AioSession(profile=profile)
-        session.register_component("data_loader", _service_models())
-        mine.clear()
-        mine[key] = session
-    return mine[key]
-
-
-@cache
-def _service_models() -> Loader:
-    """The parsed description of S3, read once: making a client costs 0.3 s of CPU without."""
-    return Loader()
-
-
-def _config(o: S3Options) -> AioConfig:
-    return AioConfig(
-        signature_version=UNSIGNED if o.is_anonymous else None,
-        connect_timeout=o.connect_timeout_s,
-        read_timeout=o.read_timeout_s,
-        max_pool_connections=o.max_connections,
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        # Bodies carry their CRC32C, so hashing them with SHA-256 for the signature proves nothing more.
-        s3={"addressing_style": o.addressing_style, "payload_signing_enabled": False},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        http_session_cls=OneAttemptSession,
-    )
 
 
 def _conditions(condition: Condition | None) -> dict[str, str]:

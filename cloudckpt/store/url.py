@@ -3,6 +3,7 @@
 Law: the only place that knows which store serves which scheme; imports a store's library when it is asked for.
 """
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -69,8 +70,16 @@ def check_url(url: str) -> str:
 
 
 @asynccontextmanager
-async def open_store(url: str, options: StoreOptions | None = None) -> AsyncIterator[Store]:
+async def open_store(
+    url: str, options: StoreOptions | None = None, *, keeps_client: bool = False
+) -> AsyncIterator[Store]:
     """Opens the store rooted at ``url``, with retries, for as long as the context lasts.
+
+    Args:
+        url: where.
+        options: how to reach it.
+        keeps_client: leave what took long to make for the next store that is opened alike on this event loop;
+            `close_kept_clients` must come before the loop ends.
 
     Raises:
         UnsupportedUrlError: see `check_url`.
@@ -83,7 +92,7 @@ async def open_store(url: str, options: StoreOptions | None = None) -> AsyncIter
     if parts.scheme == "s3":
         from cloudckpt.store.s3 import S3Store
 
-        async with S3Store(parts.netloc, prefix, options.s3) as store:
+        async with S3Store(parts.netloc, prefix, options.s3, keeps_client=keeps_client) as store:
             yield RetryingStore(store, options.retry)
     elif parts.scheme == "file":
         from cloudckpt.store.fsspec import LocalStore
@@ -93,3 +102,10 @@ async def open_store(url: str, options: StoreOptions | None = None) -> AsyncIter
         from cloudckpt.store.memory import MemoryStore
 
         yield RetryingStore(MemoryStore(parts.netloc, prefix), options.retry)
+
+
+async def close_kept_clients() -> None:
+    """Closes what stores that were opened with ``keeps_client`` left on this event loop."""
+    clients = sys.modules.get("cloudckpt.store.s3_clients")  # where none was imported, none is kept
+    if clients is not None:
+        await clients.close_kept()

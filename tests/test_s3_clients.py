@@ -1,0 +1,68 @@
+"""Clients that are shared, and kept for the next."""
+
+import asyncio
+
+import pytest
+
+from cloudckpt.store.s3_clients import close_kept, s3_client
+from cloudckpt.store.s3_options import S3Options
+
+HERE = S3Options(endpoint_url="http://127.0.0.1:9", access_key_id="a", secret_access_key="b", region="us-east-1")
+THERE = S3Options(endpoint_url="http://127.0.0.1:10", access_key_id="a", secret_access_key="b", region="us-east-1")
+
+
+@pytest.fixture(autouse=True)
+async def closing():
+    yield
+    await close_kept()
+
+
+async def use(options=HERE, *, is_kept=True):
+    async with s3_client(options, is_kept=is_kept) as client:
+        return client
+
+
+async def test_a_kept_client_serves_the_next_of_equal_options():
+    first = await use()
+    assert await use() is first
+    assert await use(THERE) is not first
+    assert await use(is_kept=False) is first
+
+
+async def test_one_that_is_not_kept_is_not_there_for_the_next():
+    assert await use(is_kept=False) is not await use(is_kept=False)
+
+
+async def test_users_at_the_same_time_share_it():
+    async def hold():
+        async with s3_client(HERE, is_kept=True) as client:
+            await asyncio.sleep(0)
+            return client
+
+    assert len({id(client) for client in await asyncio.gather(*(hold() for _ in range(5)))}) == 1
+
+
+async def test_other_credentials_in_the_environment_or_in_aws_files_make_another(monkeypatch, tmp_path):
+    file = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    first = await use()
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "new")
+    second = await use()
+    file.write_text("[default]\naws_access_key_id = x\naws_secret_access_key = y\n")
+    third = await use()
+    assert len({id(c) for c in (first, second, third)}) == 3
+
+
+async def test_what_is_kept_is_closed_when_it_is_told_to_be_and_not_while_it_is_used():
+    async with s3_client(HERE, is_kept=True) as client:
+        await close_kept()
+        assert await use() is client
+    await close_kept()
+    assert await use() is not client
+
+
+async def test_no_more_are_kept_than_a_few():
+    first = await use()
+    for port in range(11, 25):
+        await use(S3Options(endpoint_url=f"http://127.0.0.1:{port}", access_key_id="a", secret_access_key="b"))
+    assert await use() is not first
