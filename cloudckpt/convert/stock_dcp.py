@@ -18,6 +18,7 @@ from cloudckpt.engine.read import ReadOptions
 from cloudckpt.errors import IntegrityError, ManifestError
 from cloudckpt.extensions.base import StreamTransformExtension
 from cloudckpt.extensions.registry import ExtensionRegistry
+from cloudckpt.extensions.streams import read_at_most
 from cloudckpt.manifest import BytesEntry, Chunk, Entry, PlannerPath, TensorEntry
 from cloudckpt.ranges import Range
 
@@ -235,19 +236,13 @@ def _undo(descriptors: tuple[str, ...], registry: ExtensionRegistry) -> Undo | N
             if hasattr(extension, "transform_from"):
                 streamed: StreamTransformExtension = extension  # type: ignore[assignment]
                 stream = streamed.transform_from(stream)
-        restored = bytearray()
         try:
-            while len(restored) <= limit and (piece := stream.read(limit + 1 - len(restored))):
-                restored += piece
+            return memoryview(read_at_most(stream, limit))
         except MemoryError:
             raise
         except Exception as e:
             msg = f"{', '.join(descriptors)} cannot restore it: {e}"
             raise IntegrityError(msg) from e
-        if len(restored) > limit:
-            msg = f"{', '.join(descriptors)} restores it to more than the {limit} bytes it may have"
-            raise IntegrityError(msg)
-        return memoryview(restored)
 
     return undo
 

@@ -5,6 +5,7 @@ Law: an extension is used through DCP's two methods and nothing else.
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from cloudckpt.extensions.base import Buffer, FrameCodec, FrameContext, StreamTransformExtension
 
@@ -32,16 +33,26 @@ class StreamCodec(FrameCodec):
         del frame
         source = io.BytesIO(stored)
         stream = self._extension.transform_from(source)
-        restored = bytearray()
-        while len(restored) <= limit and (piece := stream.read(limit + 1 - len(restored))):
-            restored += piece
-        if len(restored) > limit:
-            msg = f"it restores to more than the {limit} bytes it may have"
-            raise ValueError(msg)
+        restored = read_at_most(stream, limit)
         if source.read(1):
             msg = "other bytes follow it"
             raise ValueError(msg)
         return restored
+
+
+def read_at_most(stream: IO[bytes], limit: int) -> bytearray:
+    """Everything that a stream restores.
+
+    Raises:
+        ValueError: that is more than ``limit`` bytes.
+    """
+    restored = bytearray()
+    while len(restored) <= limit and (piece := stream.read(limit + 1 - len(restored))):
+        restored += piece
+    if len(restored) > limit:
+        msg = f"it restores to more than the {limit} bytes it may have"
+        raise ValueError(msg)
+    return restored
 
 
 class _Kept(io.BytesIO):
