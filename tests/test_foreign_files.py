@@ -364,8 +364,9 @@ def test_a_pickle_that_holds_itself_is_refused(tmp_path):
         cloudckpt.open(torch_file(tmp_path, value))
 
 
-def test_a_checkpoint_of_ours_may_be_named_as_a_file_is():
-    url = f"memory://{token_hex(4)}/model.pt"
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_a_checkpoint_of_ours_may_be_named_as_a_file_is(scheme, tmp_path):
+    url = f"memory://{token_hex(4)}/model.pt" if scheme == "memory" else f"file://{tmp_path}/model.pt"
     dcp.save({"w": torch.ones(2)}, storage_writer=ObjectStoreWriter(url), no_dist=True)
     with cloudckpt.open(url) as ckpt:
         assert ckpt.format == "cloudckpt"

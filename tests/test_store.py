@@ -69,6 +69,13 @@ class Conformance:
             assert first != second
             assert (await store.get("k")).data == b"three"
 
+    async def test_a_name_that_objects_lie_under_is_no_object(self, opened):
+        async with opened() as store:
+            await store.put("folder/a", [memoryview(b"x")])
+            for ask in (store.head, store.get):
+                with pytest.raises(ObjectNotFoundError):
+                    await ask("folder")
+
     async def test_a_missing_object_is_told_as_such(self, opened):
         async with opened() as store:
             for request in (

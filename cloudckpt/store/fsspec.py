@@ -79,7 +79,13 @@ class LocalStore:
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
-        return await self._do(key, lambda: self._info(key))
+
+        def look() -> ObjectInfo:
+            if self._fs.isdir(self._path(key)):
+                raise IsADirectoryError(key)
+            return self._info(key)
+
+        return await self._do(key, look)
 
     async def put(
         self, key: str, body: Body, *, condition: Condition | None = None, crc32c: int | None = None
