@@ -167,6 +167,19 @@ def test_layouts_that_are_alike_are_looked_at_once(tmp_path):
     assert reader.stats.bytes_fetched <= 1.01 * reader.stats.bytes_needed
 
 
+def test_items_of_other_sizes_are_guessed_from_one_another(tmp_path):
+    shapes = [(700, 1024), (900, 1024), (600, 512), (701, 1023), (600, 1000), (3, 400000), (2, 2), (800, 512)]
+    state = {f"w{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    url = write(tmp_path / "x", state)
+    for keys in (list(state), list(reversed(state))):
+        loaded = {key: torch.zeros_like(state[key]) for key in keys}
+        reader = ObjectStoreReader(url)
+        dcp.load(loaded, storage_reader=reader, no_dist=True)
+        assert all(torch.equal(loaded[key], state[key]) for key in keys)
+        assert reader.stats.bytes_fetched <= 1.01 * sum(t.nbytes for t in state.values())
+        assert reader.stats.bytes_needed == sum(t.nbytes for t in state.values())  # read once
+
+
 def rewritten(tmp_path, change, state=None):
     """A checkpoint whose items were changed by ``change(key, archive bytes) -> archive bytes``."""
     directory = tmp_path / token_hex(4)

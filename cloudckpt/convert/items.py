@@ -68,7 +68,7 @@ class Item(Protocol):
 
     @property
     def likeness(self) -> object | None:
-        """Items of equal likeness have their elements at the same place of their `extent`, for all one can tell.
+        """Items of equal likeness have as much before their elements and behind them, for all one can tell.
 
         None for those of which one cannot tell. Where one of them is guessed to be, `locate` proves when it is given
         what lies around the elements.
@@ -161,7 +161,7 @@ class ForeignContents:
         for i, model in guessed.items():
             found = self._found[model]
             if isinstance(found, Plain):
-                guesses[i] = Plain(found.at.shift(self.items[i].extent.start - self.items[model].extent.start))
+                guesses[i] = _guess(self.items[i].extent, self.items[model].extent, found)
         await self._probe(store, {i: unknown[i].key for i in guessed if i not in guesses}, options, stats)
         return _Located(self, guesses, {i: unknown[i].key for i in guesses})
 
@@ -274,6 +274,11 @@ class _Located:
             is_direct=is_direct,
             stored=stored,
         )
+
+
+def _guess(extent: Range, other: Range, found: Plain) -> Plain:
+    """Where elements lie in ``extent``, if as much lies before and behind them as in the ``other``."""
+    return Plain(Range(extent.start + found.at.start - other.start, extent.stop - (other.stop - found.at.stop)))
 
 
 def _is_whole(ask: Ask) -> bool:
