@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.ranges import Range, Region, coalesce, span_of, split, strides_of
+from cloudckpt.ranges import Range, Region, coalesce, is_bridged, span_of, split, strides_of
 
 SMALL = st.integers(0, 40)
 
@@ -55,6 +55,17 @@ def test_split_covers_the_whole_in_order_with_a_shorter_range_only_at_the_end(wh
     assert all(0 < len(r) <= size for r in cuts)
 
 
+@pytest.mark.parametrize(
+    ("gap", "run", "max_gap", "expected"),
+    [
+        (0, 0, 0, True), (0, 50, 0, True), (1, 50, 0, False), (10, 1, 10, True), (11, 1, 10, False),
+        (10, 9, 10, True), (10, 10, 10, False), (10, 199, 10, False), (10, 200, 10, True), (11, 10000, 10, False),
+    ],
+)  # fmt: skip
+def test_a_gap_is_bridged_that_costs_less_than_a_request_or_next_to_nothing(gap, run, max_gap, expected):
+    assert is_bridged(gap, run, max_gap) is expected
+
+
 @given(st.lists(ranges(), max_size=12), st.integers(0, 20), st.integers(1, 60))
 def test_groups_hold_all_ranges_in_order_and_are_as_long_as_they_may_be(some, max_gap, max_size):
     some.sort()
@@ -66,7 +77,8 @@ def test_groups_hold_all_ranges_in_order_and_are_as_long_as_they_may_be(some, ma
         assert len(group) == 1 or some[group[-1]].stop - some[group[0]].start <= max_size
     for before, after in pairwise(groups):
         first, last, here = some[before[0]], some[before[-1]], some[after[0]]
-        is_near = 0 <= here.start - last.stop <= max_gap
+        gap = here.start - last.stop
+        is_near = gap >= 0 and is_bridged(gap, min(len(last), len(here)), max_gap)
         assert not (is_near and here.stop - first.start <= max_size)
 
 
