@@ -71,8 +71,8 @@ class Loaded(dict[str, Any]):
 class Checkpoint(Mapping[str, "Array | bytes | Any"]):
     """A committed checkpoint: a mapping from keys to lazy arrays, byte strings and plain values.
 
-    A context manager; one that is not closed is closed when it is collected. Reading may go on in several threads
-    at a time, and in a forked process, which opens connections of its own.
+    A context manager. Reading may go on in several threads at a time, and in a forked process, which opens
+    connections of its own. Connections are shared with what else is read from the same place, and outlive it.
 
     Attributes:
         url: where it is.
@@ -90,7 +90,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         self.close()
 
     def close(self) -> None:
-        """Closes its connections. What is read later raises UsageError."""
+        """What is read later raises UsageError."""
         self._access.close()
 
     @property

@@ -285,7 +285,7 @@ with cloudckpt.open({root!r}, **{s3!r}) as ckpt:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_one_that_is_dropped_closes_its_connections(server, s3, root):
+def test_checkpoints_that_are_dropped_leave_no_connections_behind(server, s3, root):
     dcp.save({"w": torch.randn(50, 10)}, storage_writer=ObjectStoreWriter(root, **s3), no_dist=True)
 
     def sockets():

@@ -39,7 +39,7 @@ class Access:
         self.close()
 
     def close(self) -> None:
-        """Closes the session. What is read later raises UsageError."""
+        """See `Session.close`."""
         self._session.close()
 
     def read(self, asks: Sequence[Ask], build: Callable[[Located], Sequence[Wanted]]) -> None:

@@ -29,7 +29,6 @@ class LoopThread:
         """Starts the thread."""
         self._loop = asyncio.new_event_loop()
         self._loop.set_default_executor(DaemonExecutor(min(32, (os.cpu_count() or 1) + 4)))
-        self._unawaited: set[asyncio.Task[object]] = set()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloudckpt-loop", daemon=True)
         self._thread.start()
 
@@ -53,16 +52,6 @@ class LoopThread:
                 future.cancel()
                 ended.wait(_CLEAN_UP_S)
             raise
-
-    def run_later(self, main: Callable[[], Coroutine[Any, Any, object]]) -> None:
-        """Starts a coroutine and does not wait for it; takes no lock."""
-
-        def start() -> None:
-            task = self._loop.create_task(main())
-            self._unawaited.add(task)
-            task.add_done_callback(self._unawaited.discard)
-
-        self._loop.call_soon_threadsafe(start)
 
 
 async def _unwrapping(main: Callable[[], Coroutine[Any, Any, T]], ended: threading.Event) -> T:
@@ -106,12 +95,3 @@ def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
             _process.thread = LoopThread()
         thread = _process.thread
     return thread.run(main)
-
-
-def run_later(main: Callable[[], Coroutine[Any, Any, object]]) -> None:
-    """Starts a coroutine on the process's loop thread, which must run already, and does not wait for it.
-
-    For the end of objects only: may be called by the garbage collector, in any thread.
-    """
-    if _process.thread is not None:
-        _process.thread.run_later(main)
