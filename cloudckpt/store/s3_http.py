@@ -13,11 +13,7 @@ from aiohttp import ClientSession
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 
-_SLICE = 256 << 10
-"""Bytes handed to the transport at once. What the socket does not take of a slice, asyncio copies
-(CPython 3.11, ``_SelectorSocketTransport.write``), so slices stay small."""
-_SMALL = 64 << 10
-
+from cloudckpt.store.send import send
 
 _contexts: dict[bool | str, ssl.SSLContext] = {}
 """By what they verify against; shared by the sessions of the process."""
@@ -71,30 +67,17 @@ class ViewsBody(io.RawIOBase):
 class _ViewsPayload(Payload):
     """The same body as aiohttp wants it."""
 
-    def __init__(self, body: ViewsBody) -> None:
+    def __init__(self, body: ViewsBody, stall_s: float | None) -> None:
         super().__init__(body.views)
         self._size = body.nbytes
+        self._stall_s = stall_s
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         del encoding, errors
         raise TypeError("a body of bytes is not text")
 
     async def write(self, writer: AbstractStreamWriter) -> None:
-        small: list[memoryview] = []  # copied together: a write for each would cost more
-        waiting = 0
-        for view in self._value:
-            for start in range(0, len(view), _SLICE):
-                piece = view[start : start + _SLICE]
-                if len(piece) < _SMALL:
-                    small.append(piece)
-                    waiting += len(piece)
-                if small and (waiting >= _SMALL or len(piece) >= _SMALL):
-                    await writer.write(b"".join(small))
-                    small, waiting = [], 0
-                if len(piece) >= _SMALL:
-                    await writer.write(piece)
-        if small:
-            await writer.write(b"".join(small))
+        await send(writer, self._value, stall_s=self._stall_s)
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         del content_length  # botocore took it from this very body
@@ -126,5 +109,5 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
         if isinstance(request.body, ViewsBody):
             # aiohttp waits for "100 Continue" without end, and not every gateway sends it.
             del request.headers["Expect"]
-            request.body = _ViewsPayload(request.body)
+            request.body = _ViewsPayload(request.body, self._timeout.sock_read)
         return await super().send(request)
