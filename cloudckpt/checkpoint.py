@@ -40,7 +40,7 @@ def open(  # noqa: A001 - as `zarr.open`, `xarray.open_dataset`
         url: of the checkpoint.
         options: how to read.
         store: how to reach the store.
-        **overrides: any field of `ReadOptions`, `S3Options` or `RetryOptions`, by name.
+        **overrides: any field of `ReadOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
 
     Raises:
         CheckpointNotFoundError, NotCommittedError: no checkpoint is there.

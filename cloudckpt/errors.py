@@ -151,6 +151,10 @@ class StoreUnavailableError(StoreError):
     """No usable answer: a timeout, a lost connection, a 5xx. The request may have been carried out."""
 
 
+class ThrottledError(StoreUnavailableError):
+    """The store asks for fewer requests."""
+
+
 def leaves(error: BaseException) -> Iterator[BaseException]:
     """Yields the exceptions in ``error``, looking through (nested) exception groups."""
     if isinstance(error, BaseExceptionGroup):

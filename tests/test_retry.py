@@ -17,11 +17,16 @@ from cloudckpt.ranges import Range
 from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.protocols import IfAbsent, IfMatch
 from cloudckpt.store.retry import RetryingStore, RetryOptions
+from cloudckpt.store.traffic import Traffic, TrafficOptions
 from cloudckpt.testing import FailingStore, RecordingStore
 
 AT_ONCE = RetryOptions(retry_base_s=0, retry_cap_s=0)
 DATA = b"hello"
 CRC = crc32c(DATA)
+
+
+def retrying(store, options):
+    return RetryingStore(store, options, Traffic(TrafficOptions(), most=16))
 
 
 class FlakyStore(RecordingStore):
@@ -126,7 +131,7 @@ async def prepared(method, errors, *, is_reply_lost=False):
 @EVERY
 async def test_an_answer_that_comes_at_once_is_asked_for_once(method):
     flaky, under_way = await prepared(method, [])
-    await CALLS[method](RetryingStore(flaky, AT_ONCE), under_way)
+    await CALLS[method](retrying(flaky, AT_ONCE), under_way)
     assert flaky.asked() == 1
 
 
@@ -134,7 +139,7 @@ async def test_an_answer_that_comes_at_once_is_asked_for_once(method):
 @EVERY
 async def test_what_may_pass_is_asked_again_until_it_does(method, kind):
     flaky, under_way = await prepared(method, [kind("one"), kind("two"), kind("three")])
-    await CALLS[method](RetryingStore(flaky, AT_ONCE), under_way)
+    await CALLS[method](retrying(flaky, AT_ONCE), under_way)
     assert flaky.errors == []
     assert flaky.asked() == 4
 
@@ -142,7 +147,7 @@ async def test_what_may_pass_is_asked_again_until_it_does(method, kind):
 @EVERY
 async def test_a_request_whose_answer_was_lost_is_asked_again(method):
     flaky, under_way = await prepared(method, [StoreUnavailableError("lost")], is_reply_lost=True)
-    await CALLS[method](RetryingStore(flaky, AT_ONCE), under_way)
+    await CALLS[method](retrying(flaky, AT_ONCE), under_way)
     assert flaky.errors == []
     assert flaky.asked() == 2
 
@@ -164,7 +169,7 @@ async def test_what_will_not_pass_is_asked_once(method, kind):
     error = kind("no")
     flaky, under_way = await prepared(method, [error])
     with pytest.raises(kind) as caught:
-        await CALLS[method](RetryingStore(flaky, AT_ONCE), under_way)
+        await CALLS[method](retrying(flaky, AT_ONCE), under_way)
     assert caught.value is error
     assert flaky.asked() == 1
 
@@ -179,12 +184,12 @@ async def test_a_conditional_put_is_never_asked_again(condition, is_reply_lost, 
         condition = IfMatch(await store.put("new", [memoryview(b"old")]))
     flaky = FlakyStore(store, "put", [kind("lost")], is_reply_lost=is_reply_lost)
     with pytest.raises(kind):
-        await RetryingStore(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=condition, crc32c=CRC)
+        await retrying(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=condition, crc32c=CRC)
     assert flaky.requests == [("put", "new")]
 
 
 async def test_a_conditional_put_keeps_its_condition():
-    store = RetryingStore(memory(), AT_ONCE)
+    store = retrying(memory(), AT_ONCE)
     await store.put("k", [memoryview(DATA)], condition=IfAbsent())
     with pytest.raises(PreconditionFailedError):
         await store.put("k", [memoryview(b"other")], condition=IfAbsent())
@@ -195,17 +200,17 @@ async def test_a_conditional_delete_is_never_asked_again():
     etag = await store.put("k", [memoryview(DATA)])
     flaky = FlakyStore(store, "delete_if", [StoreUnavailableError("lost")])
     with pytest.raises(StoreUnavailableError):
-        await RetryingStore(flaky, AT_ONCE).delete_if("k", IfMatch(etag))
+        await retrying(flaky, AT_ONCE).delete_if("k", IfMatch(etag))
     assert flaky.asked() == 1
 
 
 async def test_a_put_keeps_its_checksum_when_it_is_asked_again():
     flaky = FlakyStore(memory(), "put", [StoreUnavailableError("lost")])
-    retrying = RetryingStore(flaky, RetryOptions(retry_base_s=0, retry_cap_s=0, retry_deadline_s=0))
+    impatient = retrying(flaky, RetryOptions(retry_base_s=0, retry_cap_s=0, retry_deadline_s=0))
     with pytest.raises(StoreUnavailableError):
-        await retrying.put("k", [memoryview(DATA)], crc32c=CRC)
+        await impatient.put("k", [memoryview(DATA)], crc32c=CRC)
     with pytest.raises(ChecksumRefusedError):
-        await retrying.put("k", [memoryview(DATA)], crc32c=CRC ^ 1)
+        await impatient.put("k", [memoryview(DATA)], crc32c=CRC ^ 1)
 
 
 @EVERY
@@ -214,7 +219,7 @@ async def test_the_deadline_ends_it_with_the_last_error_and_a_note(method):
     flaky, under_way = await prepared(method, [error])
     options = RetryOptions(retry_base_s=0, retry_cap_s=0, retry_deadline_s=0)
     with pytest.raises(StoreUnavailableError) as caught:
-        await CALLS[method](RetryingStore(flaky, options), under_way)
+        await CALLS[method](retrying(flaky, options), under_way)
     assert caught.value is error
     assert caught.value.__notes__ == ["gave up after 1 attempt(s) in 0 s"]
     assert flaky.asked() == 1
@@ -225,7 +230,7 @@ async def test_the_note_counts_the_attempts_that_were_made():
     flaky = FlakyStore(memory(), "get", errors)
     options = RetryOptions(retry_base_s=0.001, retry_cap_s=0.001, retry_deadline_s=0.05)
     with pytest.raises(StoreUnavailableError) as caught:
-        await RetryingStore(flaky, options).get("k")
+        await retrying(flaky, options).get("k")
     assert flaky.asked() > 1
     assert str(caught.value) == str(flaky.asked() - 1)
     assert caught.value.__notes__ == [f"gave up after {flaky.asked()} attempt(s) in 0.05 s"]
@@ -233,7 +238,7 @@ async def test_the_note_counts_the_attempts_that_were_made():
 
 async def test_each_retry_is_a_warning(caplog):
     flaky = FlakyStore(memory(), "delete", [StoreUnavailableError("busy"), StoreUnavailableError("busier")])
-    await RetryingStore(flaky, AT_ONCE).delete(["k"])
+    await retrying(flaky, AT_ONCE).delete(["k"])
     warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warned) == 2
     assert "attempt 1 failed" in warned[0]
@@ -247,7 +252,7 @@ async def test_an_upload_that_is_gone_when_it_is_completed_again_landed_if_its_k
     store = memory()
     upload, part = await upload_of(store)
     failing = FailingStore(store, 0, StoreUnavailableError("lost"), is_reply_lost=True)
-    etag = await RetryingStore(failing, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
+    etag = await retrying(failing, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
     assert etag == (await store.head("k")).etag
     assert (await store.get("k")).data == DATA
     assert [m for m, _ in failing.requests] == ["complete_upload", "complete_upload", "head"]
@@ -259,7 +264,7 @@ async def test_an_upload_that_is_gone_when_it_is_completed_again_is_lost_if_its_
     await store.abort_upload(upload)
     failing = FailingStore(store, 0, StoreUnavailableError("lost"))
     with pytest.raises(ObjectNotFoundError):
-        await RetryingStore(failing, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
+        await retrying(failing, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
     assert [m for m, _ in failing.requests] == ["complete_upload", "complete_upload", "head"]
 
 
@@ -270,7 +275,7 @@ async def test_an_upload_that_is_gone_at_the_first_completion_is_not_looked_for(
     await store.abort_upload(upload)
     recording = RecordingStore(store)
     with pytest.raises(ObjectNotFoundError):
-        await RetryingStore(recording, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
+        await retrying(recording, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
     assert recording.requests == [("complete_upload", "k")]
 
 
@@ -279,7 +284,7 @@ async def test_the_look_at_the_key_is_asked_again_as_any_request():
     upload, part = await upload_of(store)
     lost = FailingStore(store, 0, StoreUnavailableError("lost"), is_reply_lost=True)
     flaky = FlakyStore(lost, "head", [StoreUnavailableError("busy")])
-    etag = await RetryingStore(flaky, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
+    etag = await retrying(flaky, AT_ONCE).complete_upload(upload, [part], crc32c=CRC)
     assert etag == (await store.head("k")).etag
 
 
@@ -288,7 +293,7 @@ async def test_the_look_at_the_key_is_asked_again_as_any_request():
 
 async def test_listings_and_names_are_those_of_the_store_within():
     within = memory()
-    store = RetryingStore(within, AT_ONCE)
+    store = retrying(within, AT_ONCE)
     await store.put("a/b", [memoryview(DATA)])
     await store.create_upload("a/c")
     assert (store.url, store.identity) == (within.url, within.identity)

@@ -80,7 +80,7 @@ class ObjectStoreReader(StorageReader):
             rename: from a key in the checkpoint to the name that the state dict has for it: a mapping, or a function.
             options: how to read.
             store: how to reach the store.
-            **overrides: any field of `ReadOptions`, `S3Options` or `RetryOptions`, by name.
+            **overrides: any field of `ReadOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
 
         Raises:
             UsageError: an unknown or impossible option, a URL no store serves.

@@ -24,6 +24,7 @@ from cloudckpt.store.protocols import (
     Store,
     Upload,
 )
+from cloudckpt.store.traffic import Traffic
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -49,10 +50,11 @@ class RetryOptions:
 class RetryingStore:
     """Implements `Store` over another; listings are asked again from their beginning only by the caller."""
 
-    def __init__(self, store: Store, options: RetryOptions) -> None:
-        """Wraps ``store``."""
+    def __init__(self, store: Store, options: RetryOptions, traffic: Traffic) -> None:
+        """Wraps ``store``, whose requests for many bytes go through ``traffic``, each attempt for itself."""
         self._store = store
         self._options = options
+        self._traffic = traffic
         self.url = store.url
         self.identity = store.identity
 
@@ -62,7 +64,7 @@ class RetryingStore:
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
-        await self._retry(lambda: self._store.get_range(key, at, into))
+        await self._retry(lambda: self._traffic.get_range(self._store, key, at, into))
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -74,7 +76,7 @@ class RetryingStore:
         """See `Put.put`."""
         if condition is not None:
             return await self._store.put(key, body, condition=condition, crc32c=crc32c)
-        return await self._retry(lambda: self._store.put(key, body, crc32c=crc32c))
+        return await self._send(key, body, lambda: self._store.put(key, body, crc32c=crc32c))
 
     def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `List.list_objects`."""
@@ -98,7 +100,11 @@ class RetryingStore:
 
     async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
         """See `Multipart.put_part`."""
-        return await self._retry(lambda: self._store.put_part(upload, number, offset, body, crc32c=crc32c))
+        return await self._send(
+            f"part {number} of {upload.key}",
+            body,
+            lambda: self._store.put_part(upload, number, offset, body, crc32c=crc32c),
+        )
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
         """See `Multipart.complete_upload`.
@@ -127,6 +133,10 @@ class RetryingStore:
     def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
         return self._store.list_uploads(prefix)
+
+    async def _send(self, what: str, body: Body, request: Callable[[], Awaitable[T]]) -> T:
+        nbytes = sum(map(len, body))
+        return await self._retry(lambda: self._traffic.send(what, nbytes, request))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
         o = self._options

@@ -19,6 +19,7 @@ from cloudckpt.errors import (
     PreconditionFailedError,
     StoreError,
     StoreUnavailableError,
+    ThrottledError,
     UsageError,
 )
 
@@ -40,10 +41,13 @@ _BY_CODE: dict[str, tuple[type[StoreError], str]] = {
     "InvalidRange": (StoreError, "the object is shorter than the range asked for"),
     "NotImplemented": (NotImplementedByStoreError, "the server does not know this kind of request"),
     "RequestTimeout": (StoreUnavailableError, "the server waited too long for the body"),
-    "SlowDown": (StoreUnavailableError, "the server asks for fewer requests"),
-    "SlowDownRead": (StoreUnavailableError, "the server asks for fewer requests"),
-    "SlowDownWrite": (StoreUnavailableError, "the server asks for fewer requests"),
-    "Throttling": (StoreUnavailableError, "the server asks for fewer requests"),
+    "SlowDown": (ThrottledError, "the server asks for fewer requests"),
+    "SlowDownRead": (ThrottledError, "the server asks for fewer requests"),
+    "SlowDownWrite": (ThrottledError, "the server asks for fewer requests"),
+    "Throttling": (ThrottledError, "the server asks for fewer requests"),
+    "ThrottlingException": (ThrottledError, "the server asks for fewer requests"),
+    "RequestLimitExceeded": (ThrottledError, "the server asks for fewer requests"),
+    "ServiceUnavailable": (ThrottledError, "the server is overloaded"),
     "OperationAborted": (StoreUnavailableError, "another operation is under way; ask again"),
 }
 
@@ -52,7 +56,8 @@ _BY_STATUS: dict[int, tuple[type[StoreError], str]] = {
     404: (ObjectNotFoundError, "no such object"),
     409: (PreconditionFailedError, "another write to the same key is under way"),
     412: (PreconditionFailedError, "the condition of the request does not hold"),
-    429: (StoreUnavailableError, "the server asks for fewer requests"),
+    429: (ThrottledError, "the server asks for fewer requests"),
+    503: (ThrottledError, "the server is overloaded"),
 }
 
 _NO_CREDENTIALS = (

@@ -24,7 +24,7 @@ class S3Options:
         server_side_encryption: ``AES256``, ``aws:kms`` or ``aws:kms:dsse``.
         sse_kms_key_id: the key for the latter two.
         ca_bundle: file with the certificate authorities to trust.
-        max_connections: sockets kept to the endpoint.
+        max_connections: sockets kept to the endpoint, and requests that move bytes under way at a time, at most.
         connect_timeout_s, read_timeout_s: without a sign of the server.
     """
 
@@ -40,7 +40,7 @@ class S3Options:
     server_side_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
     sse_kms_key_id: str | None = None
     ca_bundle: str | None = None
-    max_connections: int = 32
+    max_connections: int = 64
     connect_timeout_s: float = 10
     read_timeout_s: float = 60
 

@@ -3,18 +3,21 @@
 Law: the only place that knows which store serves which scheme; imports a store's library when it is asked for.
 """
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 from cloudckpt.errors import UnsupportedUrlError
 from cloudckpt.options import overridden, refuse_unknown
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.retry import RetryingStore, RetryOptions
 from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.traffic import Traffic, TrafficOptions
 
 T = TypeVar("T")
 SCHEMES = ("s3", "file", "memory")
@@ -26,6 +29,7 @@ class StoreOptions:
 
     s3: S3Options = field(default_factory=S3Options)
     retry: RetryOptions = field(default_factory=RetryOptions)
+    traffic: TrafficOptions = field(default_factory=TrafficOptions)
 
 
 def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, Any]) -> tuple[T, StoreOptions]:
@@ -34,15 +38,19 @@ def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, 
     Args:
         options: of reading or writing.
         store: how to reach the store.
-        overrides: fields of ``options``, `S3Options` or `RetryOptions`, by name; emptied.
+        overrides: fields of ``options``, `S3Options`, `RetryOptions` or `TrafficOptions`, by name; emptied.
 
     Raises:
         UsageError: one that is no field of any.
     """
     store = store or StoreOptions()
     options = overridden(options, overrides)
-    store = StoreOptions(s3=overridden(store.s3, overrides), retry=overridden(store.retry, overrides))
-    refuse_unknown(overrides, options, store.s3, store.retry)
+    store = StoreOptions(
+        s3=overridden(store.s3, overrides),
+        retry=overridden(store.retry, overrides),
+        traffic=overridden(store.traffic, overrides),
+    )
+    refuse_unknown(overrides, options, store.s3, store.retry, store.traffic)
     return options, store
 
 
@@ -93,15 +101,26 @@ async def open_store(
         from cloudckpt.store.s3 import S3Store
 
         async with S3Store(parts.netloc, prefix, options.s3, keeps_client=keeps_client) as store:
-            yield RetryingStore(store, options.retry)
+            yield _retrying(store, options)
     elif parts.scheme == "file":
         from cloudckpt.store.fsspec import LocalStore
 
-        yield RetryingStore(LocalStore(unquote(parts.path)), options.retry)
+        yield _retrying(LocalStore(unquote(parts.path)), options)
     else:
         from cloudckpt.store.memory import MemoryStore
 
-        yield RetryingStore(MemoryStore(parts.netloc, prefix), options.retry)
+        yield _retrying(MemoryStore(parts.netloc, prefix), options)
+
+
+_traffic: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, Traffic]] = WeakKeyDictionary()
+"""What was learnt of each server, on each loop: the next save begins where the last one ended."""
+
+
+def _retrying(store: Store, options: StoreOptions) -> RetryingStore:
+    most = options.s3.max_connections
+    of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
+    traffic = of_loop.setdefault((store.identity, options.traffic, most), Traffic(options.traffic, most=most))
+    return RetryingStore(store, options.retry, traffic)
 
 
 async def close_kept_clients() -> None:
