@@ -5,10 +5,11 @@ Law: pure. Offsets and sizes are bytes in a Range, elements in a Region.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Self
 
 _LITTLE = 0.05
+_LITTLE_MORE = 1 / 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -35,6 +36,22 @@ def split(whole: Range, size: int) -> Iterator[Range]:
     """Cuts ``whole`` into ranges of ``size`` bytes; the last may be shorter."""
     for start in range(whole.start, whole.stop, size):
         yield Range(start, min(start + size, whole.stop))
+
+
+def balanced_size(nbytes: int, *, most: int, ways: int, least: int, unit: int) -> int:
+    """The size to cut ``nbytes`` in, so that requests that are sent ``ways`` at a time end about together.
+
+    Args:
+        nbytes: in all.
+        most: of a piece, but for a sixteenth, so that a little more than a round number makes no round more.
+        ways: pieces under way at a time.
+        least: of a piece, unless ``most`` is less.
+        unit: the size is a multiple of it, unless ``least`` or ``most`` is none.
+    """
+    rounds = max(1, ceil(nbytes / (most * ways) - _LITTLE_MORE))
+    even = ceil(nbytes / (rounds * ways * unit)) * unit
+    limit = int(most * (1 + _LITTLE_MORE)) // unit * unit or most
+    return max(min(even, limit), min(least, most))
 
 
 def is_bridged(gap: int, run: int, max_gap: int) -> bool:

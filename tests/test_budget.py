@@ -212,46 +212,51 @@ def test_no_more_takers_are_let_in_than_the_concurrency(limit, concurrency):
     assert 1 <= loop.run(main) <= concurrency
 
 
+KIB = 1 << 10
+
+
 def test_a_buffer_given_back_is_used_again():
-    pool = BufferPool(100, limit=1000)
-    first = pool.take(60)
-    first[:1] = b"x"
+    pool = BufferPool(1000 * KIB)
+    first = pool.take(100 * KIB)
     pool.give(first)
-    assert pool.take(100) is first
-    assert pool.take(100) is not first
+    assert pool.take(60 * KIB) is first
+    assert pool.take(60 * KIB) is not first
 
 
 def test_a_buffer_is_at_least_as_large_as_was_asked_for():
-    pool = BufferPool(100, limit=1000)
-    pool.give(pool.take(10))
-    for nbytes in (1, 100, 101, 5000):
+    pool = BufferPool(1000 * KIB)
+    pool.give(pool.take(100 * KIB))
+    for nbytes in (1, 100 * KIB, 101 * KIB, 500 * KIB):
         assert len(pool.take(nbytes)) >= nbytes
 
 
-def test_a_buffer_larger_than_the_pools_is_not_kept():
-    pool = BufferPool(100, limit=1000)
-    large = pool.take(101)
+def test_a_buffer_holds_less_than_twice_what_was_asked_for():
+    pool = BufferPool(1000 * KIB)
+    large = pool.take(200 * KIB)
     pool.give(large)
-    assert pool.take(50) is not large
+    assert len(pool.take(100 * KIB)) == 100 * KIB
+    assert pool.take(101 * KIB) is large
 
 
 def test_no_bytes_need_no_buffer():
-    pool = BufferPool(100, limit=1000)
+    pool = BufferPool(1000 * KIB)
     empty = pool.take(0)
     assert len(empty) == 0
     pool.give(empty)
-    assert len(pool.take(60)) == 100
+    assert len(pool.take(60 * KIB)) == 60 * KIB
 
 
-def test_a_small_buffer_takes_no_more_than_was_asked_for():
-    pool = BufferPool(100, limit=1000)
-    assert len(pool.take(50)) == 50
+def test_small_buffers_are_left_to_the_allocator():
+    pool = BufferPool(1000 * KIB)
+    small = pool.take(63 * KIB)
+    pool.give(small)
+    assert pool.take(63 * KIB) is not small
 
 
 def test_a_pool_keeps_no_more_than_its_limit():
-    pool = BufferPool(100, limit=250)
-    buffers = [pool.take(100) for _ in range(4)]
+    pool = BufferPool(250 * KIB)
+    buffers = [pool.take(100 * KIB) for _ in range(4)]
     for buffer in buffers:
         pool.give(buffer)
-    again = [pool.take(100) for _ in range(4)]
+    again = [pool.take(100 * KIB) for _ in range(4)]
     assert sum(any(a is b for b in buffers) for a in again) == 2

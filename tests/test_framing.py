@@ -181,27 +181,29 @@ def test_a_safetensors_reader_finds_every_tensor_under_its_name(tmp_path_factory
 # Parts.
 
 
-@given(st.integers(1, MAX_SHARD_SIZE), st.integers(1, 5 << 30))
-def test_parts_keep_to_the_limits_of_s3(size, wanted):
-    part = part_size_for(size, wanted)
-    assert part >= MIN_PART_SIZE
-    assert part >= wanted
-    assert part <= 5 << 30
+@given(st.integers(1, MAX_SHARD_SIZE), st.integers(1, 4 << 30), st.integers(1, 1000))
+def test_parts_keep_to_the_limits_of_s3(size, most, ways):
+    part = part_size_for(size, most=most, ways=ways)
+    assert MIN_PART_SIZE <= part <= 5 << 30
     assert -(-size // part) <= MAX_PARTS
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted", "part"),
+    ("size", "most", "ways", "part"),
     [
-        pytest.param(1, 32 * MIB, 32 * MIB, id="an object smaller than a part"),
-        pytest.param(32 * MIB * MAX_PARTS, 32 * MIB, 32 * MIB, id="just ten thousand parts"),
-        pytest.param(32 * MIB * MAX_PARTS + 1, 32 * MIB, 33 * MIB, id="one byte more"),
-        pytest.param(1, 1, MIN_PART_SIZE, id="a part that would be too small"),
-        pytest.param(MAX_SHARD_SIZE, 32 * MIB, 525 * MIB, id="the largest object"),
+        pytest.param(1, 64 * MIB, 16, 8 * MIB, id="an object smaller than a part"),
+        pytest.param(1024 * MIB, 64 * MIB, 64, 16 * MIB, id="a part for each request that may be under way"),
+        pytest.param(1024 * MIB, 64 * MIB, 16, 64 * MIB, id="the same where fewer may"),
+        pytest.param(1024 * MIB + 9999, 64 * MIB, 16, 65 * MIB, id="a header more makes no round more"),
+        pytest.param(1024 * MIB, 64 * MIB, 10, 52 * MIB, id="even rounds"),
+        pytest.param(100 * MIB, 64 * MIB, 64, 8 * MIB, id="no smaller than is worth a request"),
+        pytest.param(64 * MIB * MAX_PARTS, 64 * MIB, 1, 64 * MIB, id="just ten thousand parts"),
+        pytest.param(1, 1, 1, MIN_PART_SIZE, id="a part that would be too small"),
+        pytest.param(MAX_SHARD_SIZE, 64 * MIB, 64, 525 * MIB, id="the largest object"),
     ],
 )
-def test_parts_are_as_wanted_where_the_limits_allow(size, wanted, part):
-    assert part_size_for(size, wanted) == part
+def test_parts_are_even_where_the_limits_allow(size, most, ways, part):
+    assert part_size_for(size, most=most, ways=ways) == part
 
 
 # Segments.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.ranges import Range, Region, coalesce, is_bridged, span_of, split, strides_of
+from cloudckpt.ranges import Range, Region, balanced_size, coalesce, is_bridged, span_of, split, strides_of
 
 SMALL = st.integers(0, 40)
 
@@ -164,3 +164,24 @@ def test_whether_a_region_is_inside_a_shape(region, shape, is_inside):
 def test_regions_of_different_axes_cannot_be_intersected():
     with pytest.raises(ValueError):
         Region((0,), (1,)).intersect(Region((0, 0), (1, 1)))
+
+
+@given(
+    st.integers(0, 1 << 44),
+    st.integers(1, 1 << 28),
+    st.integers(1, 200),
+    st.integers(1, 1 << 24),
+    st.integers(1, 1 << 22),
+)
+def test_balanced_pieces_keep_to_their_limits(nbytes, most, ways, least, unit):
+    size = balanced_size(nbytes, most=most, ways=ways, least=least, unit=unit)
+    assert min(least, most) <= size <= most * 17 / 16
+
+
+@given(st.integers(1, 1 << 40), st.integers(1 << 20, 1 << 28), st.integers(1, 200))
+def test_balanced_pieces_fill_whole_rounds(nbytes, most, ways):
+    size = balanced_size(nbytes, most=most, ways=ways, least=1, unit=1)
+    pieces = -(-nbytes // size)
+    rounds = -(-pieces // ways)
+    assert rounds <= nbytes / (most * ways) + 1
+    assert rounds * ways * (size - 1) < nbytes  # none could be smaller without another round

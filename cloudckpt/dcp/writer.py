@@ -24,16 +24,16 @@ from cloudckpt import layout, manifest
 from cloudckpt.dcp.border import border
 from cloudckpt.dcp.resolving import refuse_unstorable, resolve
 from cloudckpt.dcp.results import assemble, pack, planner_paths
-from cloudckpt.engine import commit, loop
+from cloudckpt.engine import commit
 from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
 from cloudckpt.engine.sealing import seal
-from cloudckpt.engine.upload import Written
+from cloudckpt.engine.session import Session
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.extensions.aesgcm import DataKey
 from cloudckpt.extensions.chain import Rules
 from cloudckpt.manifest import Manifest, Summary
-from cloudckpt.store.url import StoreOptions, check_url, open_store, with_overrides
+from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 class _Attempt:
     """One save: where it goes, whatever the writer is told meanwhile, and what it replaces there."""
 
-    url: str
+    session: Session
     replaces: commit.Replaced | None
     key: DataKey | None = None
 
@@ -76,7 +76,7 @@ class ObjectStoreWriter(StorageWriter):
             step: the training step, kept in the manifest.
             options: how to write.
             store: how to reach the store.
-            **overrides: any field of `WriteOptions`, `S3Options` or `RetryOptions`, by name.
+            **overrides: any field of `WriteOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
 
         Raises:
             UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell.
@@ -132,11 +132,12 @@ class ObjectStoreWriter(StorageWriter):
                     "one checkpoint for all ranks. Save with collectives"
                 )
                 raise UsageError(msg)
-            url = self._url
-            attempt = _Attempt(url, None)
+            attempt = _Attempt(Session(self._url, self._store), None)
             if is_coordinator:
                 key = self._rules.new_data_key()
-                attempt = _Attempt(url, loop.run(lambda: self._prepare(url)), key)
+                overwrite = self._options.overwrite
+                replaced = attempt.session.run(lambda store: commit.prepare(store, overwrite=overwrite))
+                attempt = _Attempt(attempt.session, replaced, key)
             self._attempts[get_ident()] = attempt
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -156,13 +157,9 @@ class ObjectStoreWriter(StorageWriter):
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             written, items, sources = resolve(plan, planner)
             plans = self._plan(items, [w.key for w in written], rank)
-
-            async def upload(url: str) -> list[Written]:
-                async with open_store(url, self._store) as store:
-                    return await ShardWriter(store, self._options).write(plans, items, sources)
-
-            url = self._attempt().url
-            shards = loop.run(lambda: upload(url))
+            shards = self._attempt().session.run(
+                lambda store: ShardWriter(store, self._options).write(plans, items, sources)
+            )
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -178,10 +175,15 @@ class ObjectStoreWriter(StorageWriter):
             made = self._manifest(metadata, results)
             attempt = self._attempt()
             data = manifest.encode(made) if attempt.key is None else seal(made, attempt.key)
-            loop.run(lambda: self._commit(attempt, data, made.summary.save_id))
+            deadline_s = self._options.commit_deadline_s
+            attempt.session.run(
+                lambda store: commit.commit(
+                    store, data, made.summary.save_id, replaces=attempt.replaces, deadline_s=deadline_s
+                )
+            )
             log.info(
                 "saved %s: %d bytes in %d shards, %d entries",
-                attempt.url,
+                attempt.session.url,
                 made.summary.nbytes,
                 made.summary.shard_count,
                 made.summary.entry_count,
@@ -199,7 +201,7 @@ class ObjectStoreWriter(StorageWriter):
                     chain,
                     frame_size=options.frame_size,
                     new_key=lambda: layout.shard_key(token_hex(16), layout.FRAMES),
-                    max_size=MAX_PARTS * options.part_size // 2,
+                    max_size=MAX_PARTS * options.frames_part_size // 2,
                 )
             else:
                 plans += plan_shards(
@@ -234,15 +236,6 @@ class ObjectStoreWriter(StorageWriter):
             shards=shards,
             entries=entries,
         )
-
-    async def _prepare(self, url: str) -> commit.Replaced | None:
-        async with open_store(url, self._store) as store:
-            return await commit.prepare(store, overwrite=self._options.overwrite)
-
-    async def _commit(self, attempt: "_Attempt", data: bytes, save_id: str) -> None:
-        async with open_store(attempt.url, self._store) as store:
-            deadline_s = self._options.commit_deadline_s
-            await commit.commit(store, data, save_id, replaces=attempt.replaces, deadline_s=deadline_s)
 
     def _attempt(self) -> "_Attempt":
         try:

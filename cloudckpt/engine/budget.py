@@ -8,6 +8,12 @@ from collections import deque
 
 import numpy as np
 
+AHEAD = 4
+"""Takers beside those whose requests are under way: what they stage, or place, keeps no connection idle."""
+
+_LEAST_KEPT = 64 << 10
+"""Bytes of a buffer that is worth keeping: the allocator keeps small ones by itself."""
+
 
 class Budget:
     """A number of bytes that tasks take from and give back, first come, first served."""
@@ -88,25 +94,24 @@ class Budget:
 
 
 class BufferPool:
-    """Buffers of one size, used again: touching fresh pages costs more than the copy into them."""
+    """Buffers that are used again: touching fresh pages costs more than the copy into them."""
 
-    def __init__(self, size: int, *, limit: int) -> None:
+    def __init__(self, limit: int) -> None:
         """Makes an empty pool, which keeps at most ``limit`` bytes; buffers are made when they are first needed."""
-        self._size = size
-        self._most = limit // size
+        self._limit = limit
+        self._kept = 0
         self._free: list[memoryview] = []
 
     def take(self, nbytes: int) -> memoryview:
-        """A buffer of at least ``nbytes``, contents undefined."""
-        if nbytes == 0:
-            return memoryview(b"")
-        if nbytes <= self._size // 2:
-            return np.empty(nbytes, np.uint8).data  # a whole one would hold more than its taker was granted
-        if nbytes <= self._size and self._free:
-            return self._free.pop()
-        return np.empty(max(nbytes, self._size), np.uint8).data
+        """A buffer of at least ``nbytes`` and less than twice that, contents undefined."""
+        for i, buffer in enumerate(self._free):
+            if nbytes <= len(buffer) < 2 * nbytes:
+                self._kept -= len(buffer)
+                return self._free.pop(i)
+        return np.empty(nbytes, np.uint8).data if nbytes else memoryview(b"")
 
     def give(self, buffer: memoryview) -> None:
-        """Takes a buffer back; one of another size than the pool's, or one too many, is dropped."""
-        if len(buffer) == self._size and len(self._free) < self._most:
+        """Takes a buffer back; a small one, or one too many, is dropped."""
+        if len(buffer) >= _LEAST_KEPT and self._kept + len(buffer) <= self._limit:
+            self._kept += len(buffer)
             self._free.append(buffer)

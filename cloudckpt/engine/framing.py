@@ -16,13 +16,16 @@ from cloudckpt.errors import UsageError
 from cloudckpt.extensions.base import FrameContext
 from cloudckpt.extensions.chain import Chain
 from cloudckpt.layout import token_of
-from cloudckpt.ranges import Range, split
+from cloudckpt.ranges import Range, balanced_size, split
 from cloudckpt.safetensors_header import HeaderItem
 
 MIN_PART_SIZE = 5 << 20
 MAX_PARTS = 10_000
 MAX_SHARD_SIZE = 5 << 40
 """S3's limits: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
+
+LEAST_PART_SIZE = 8 << 20
+"""Objects are cut in parts that are no smaller (unless asked for): each costs a millisecond of CPU."""
 
 _MIB = 1 << 20
 FRAME_ALIGNMENT = 16
@@ -273,10 +276,10 @@ def _header_cost(item: Item) -> int:
     return name * 6 + len(item.header.shape) * 21 + safetensors_header.PER_ITEM_NBYTES + notes
 
 
-def part_size_for(size: int, wanted: int) -> int:
-    """The size of all parts but the last of an object of ``size`` bytes: ``wanted``, if S3's limits allow."""
-    least = -(-size // MAX_PARTS)
-    return max(wanted, MIN_PART_SIZE, -(-least // _MIB) * _MIB)
+def part_size_for(size: int, *, most: int, ways: int) -> int:
+    """The size of all parts but the last of an object of ``size`` bytes: even ones, within what S3 allows."""
+    even = balanced_size(size, most=most, ways=ways, least=LEAST_PART_SIZE, unit=_MIB)
+    return max(even, MIN_PART_SIZE, -(-size // (MAX_PARTS * _MIB)) * _MIB)
 
 
 def segments(plan: ShardPlan, part: Range) -> Iterator[Segment]:

@@ -7,11 +7,12 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 from awscrt.checksums import combine_crc32c, crc32c
 
-from cloudckpt.engine.budget import Budget, BufferPool
+from cloudckpt.engine.budget import AHEAD, Budget, BufferPool
 from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
 from cloudckpt.engine.frame_fetching import FramedRead, plan_frame_fetches
 from cloudckpt.engine.read_frames import WantedFrames, fetch_frames, fetch_nbytes
@@ -19,9 +20,13 @@ from cloudckpt.engine.sinks import Sink, damaged
 from cloudckpt.errors import UsageError
 from cloudckpt.extensions.keys import Keys
 from cloudckpt.extensions.registry import ExtensionRegistry
-from cloudckpt.ranges import Range, Region
-from cloudckpt.store.protocols import Get
+from cloudckpt.ranges import Range, Region, balanced_size
+from cloudckpt.store.protocols import Get, GetRange
 from cloudckpt.threads import in_thread
+
+_LEAST_REQUEST_SIZE = 8 << 20
+_FRAMES_REQUEST_SIZE = 32 << 20
+"""Of frames with extensions, at most: they lie in memory until they are restored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +34,16 @@ class ReadOptions:
     """How checkpoints are read.
 
     Attributes:
-        max_request_size: bytes of a ranged GET.
+        max_request_size: bytes of a ranged GET, at most, but for a sixteenth. Requests are made even and as few as
+            keep ``concurrency`` of them under way, so that they end together, and of 8 MiB at least where so much is
+            to be read. Figures in docs/tuning.md.
         max_gap: bytes that cost as much as a request. A gap between two wanted ranges is fetched if it is not
             longer, unless both are: then it is fetched if it adds little to them (`ranges.is_bridged`). Columns of
             rows of up to that length, such as tensor parallelism keeps, are read in few large requests then, and
             rows of tensors, such as FSDP keeps, to the byte (figures in docs/benchmarks.md).
-        max_inflight_nbytes: the byte budget of a load on this rank.
-        concurrency: requests under way at a time, at most.
+        max_inflight_nbytes: the byte budget of a load on this rank: memory that it takes beside the state dict.
+            Bytes that are received into the state dict's own memory take none.
+        concurrency: requests under way at a time, at most; how many really are, `TrafficOptions` says.
         cast: convert to the destination's dtype where it differs, as ``torch.Tensor.copy_`` does; False
             refuses.
         unsafe_pickle: let bytes items load any class, which runs code of the checkpoint's author.
@@ -44,10 +52,10 @@ class ReadOptions:
         require_seal: refuse a checkpoint that was not saved with encryption on, and so could be anybody's.
     """
 
-    max_request_size: int = 32 << 20
+    max_request_size: int = 64 << 20
     max_gap: int = 256 << 10
     max_inflight_nbytes: int = 256 << 20
-    concurrency: int = 16
+    concurrency: int = 64
     cast: bool = True
     unsafe_pickle: bool = False
     registry: ExtensionRegistry | None = None
@@ -115,20 +123,25 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     reads = [w.read for w in wanted]
     plain = [w for w in wanted if w.read.stored is None]
     framed = [WantedFrames(w.name, FramedRead(w.read, w.read.stored), w.sink) for w in wanted if w.read.stored]
-    sizes = {"max_request_size": options.max_request_size, "max_gap": options.max_gap}
-    fetches = plan_fetches([w.read for w in plain], **sizes)
-    frame_fetches = plan_frame_fetches([w.framed for w in framed], **sizes)
-    budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency)
-    pool = BufferPool(options.max_request_size, limit=options.max_inflight_nbytes)
+    size = partial(_request_size, options)
+    fetches = plan_fetches([w.read for w in plain], max_request_size=size(plain), max_gap=options.max_gap)
+    frame_fetches = plan_frame_fetches(
+        [w.framed for w in framed],
+        max_request_size=min(options.max_request_size, _FRAMES_REQUEST_SIZE),
+        max_gap=options.max_gap,
+    )
+    budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD)
+    limited = _Limited(store, options.concurrency)
+    pool = BufferPool(options.max_inflight_nbytes)
     fragments: list[_Fragment] = []
-    async with asyncio.TaskGroup() as group:
-        for fetch in fetches:
-            granted = await budget.take(len(fetch.at))
-            task = group.create_task(_fetch(store, fetch, plain, pool, fragments))
-            budget.give_when_done(task, granted)
+    async with asyncio.TaskGroup() as group:  # what takes longest first, so that the end is short
         for frames in frame_fetches:
             granted = await budget.take(fetch_nbytes(frames))
-            task = group.create_task(fetch_frames(store, frames, framed, pool))
+            task = group.create_task(fetch_frames(limited, frames, framed, pool))
+            budget.give_when_done(task, granted)
+        for fetch in sorted(fetches, key=lambda f: -len(f.at)):
+            granted = await budget.take(_scratch_nbytes(fetch))
+            task = group.create_task(_fetch(limited, fetch, plain, pool, fragments))
             budget.give_when_done(task, granted)
     _verify_fragments(fragments)
     stats.requests += len(fetches) + len(frame_fetches)
@@ -137,8 +150,33 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     stats.seconds += perf_counter() - began
 
 
+def _request_size(options: ReadOptions, wanted: Sequence[Wanted]) -> int:
+    """Bytes of a ranged GET: less where they take memory, so that the budget has room for all that are under way."""
+    is_placed = any(not w.read.is_direct for w in wanted)
+    share = max(2 * _LEAST_REQUEST_SIZE, options.max_inflight_nbytes // options.concurrency)
+    return balanced_size(
+        sum(w.read.nbytes for w in wanted),
+        most=min(options.max_request_size, share) if is_placed else options.max_request_size,
+        ways=options.concurrency,
+        least=_LEAST_REQUEST_SIZE,
+        unit=1 << 20,
+    )
+
+
+class _Limited:
+    """A store that is asked for so many ranges at a time."""
+
+    def __init__(self, store: Get, concurrency: int) -> None:
+        self._store = store
+        self._requests = asyncio.Semaphore(concurrency)
+
+    async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
+        async with self._requests:
+            await self._store.get_range(key, at, into)
+
+
 async def _fetch(
-    store: Get, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: list[_Fragment]
+    store: GetRange, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: list[_Fragment]
 ) -> None:
     scratch = pool.take(_scratch_nbytes(fetch))
     views, placing, used, position = [], [], 0, fetch.at.start

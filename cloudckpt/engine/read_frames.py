@@ -14,7 +14,7 @@ from cloudckpt.engine.frame_fetching import FramedRead, FramesFetch, WantedFrame
 from cloudckpt.engine.sinks import Sink, damaged
 from cloudckpt.errors import IntegrityError
 from cloudckpt.extensions.base import FrameContext
-from cloudckpt.store.protocols import Get
+from cloudckpt.store.protocols import GetRange
 from cloudckpt.threads import in_thread
 
 _COPIES = 3
@@ -35,7 +35,7 @@ def fetch_nbytes(fetch: FramesFetch) -> int:
     return len(fetch.at) + _COPIES * max(frame.nbytes for frame in fetch.frames)
 
 
-async def fetch_frames(store: Get, fetch: FramesFetch, wanted: Sequence[WantedFrames], pool: BufferPool) -> None:
+async def fetch_frames(store: GetRange, fetch: FramesFetch, wanted: Sequence[WantedFrames], pool: BufferPool) -> None:
     """Fetches, restores and places.
 
     Raises:

@@ -21,7 +21,7 @@ class Session:
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         """Opens nothing yet."""
-        self._url = url
+        self.url = url
         self._options = options
         self._is_closed = False
 
@@ -32,12 +32,12 @@ class Session:
             UsageError: the session was closed.
         """
         if self._is_closed:
-            msg = f"{self._url} was closed; open it again"
+            msg = f"{self.url} was closed; open it again"
             raise UsageError(msg)
         _used_by.add(os.getpid())
 
         async def with_store() -> T:
-            async with open_store(self._url, self._options, keeps_client=True) as store:
+            async with open_store(self.url, self._options, keeps_client=True) as store:
                 return await action(store)
 
         return loop.run(with_store)

@@ -28,19 +28,25 @@ class Means:
     """What the shards of one rank share.
 
     Attributes:
-        pool: of buffers of a part's size: for staging, and for parts that are gathered.
-        part_size: bytes of a part, but for objects that would have too many.
+        pool: of buffers for staging, and for parts that are gathered.
+        part_size: bytes of a part, at most, but for objects that would have too many.
+        staged_part_size: the same, for parts that take memory.
+        frames_part_size: bytes of a part of a shard with extensions.
+        ways: requests that the parts of an object are divided among.
         filling: held by the shard with extensions that has a part which is not full; one at a time, or each could
             hold a part's bytes and none could go on.
         workers: frames that are transformed at a time.
         lookahead: runs of frames that are transformed before they are waited for.
-        requests: parts of shards with extensions that are under way at a time; plain ones are counted by the budget.
+        requests: that are under way at a time; the budget lets some more be staged meanwhile.
     """
 
     store: Uploads
     budget: Budget
     pool: BufferPool
     part_size: int
+    staged_part_size: int
+    frames_part_size: int
+    ways: int
     filling: asyncio.Lock
     workers: asyncio.Semaphore
     lookahead: int

@@ -8,8 +8,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloudckpt.engine.budget import Budget, BufferPool
-from cloudckpt.engine.framing import MAX_FRAME_SIZE, MIN_PART_SIZE, AnyPlan, Item, ShardPlan, planned_frames
+from cloudckpt.engine.budget import AHEAD, Budget, BufferPool
+from cloudckpt.engine.framing import (
+    LEAST_PART_SIZE,
+    MAX_FRAME_SIZE,
+    MIN_PART_SIZE,
+    AnyPlan,
+    Item,
+    ShardPlan,
+    planned_frames,
+)
 from cloudckpt.engine.loop import shielded
 from cloudckpt.engine.sources import Source
 from cloudckpt.engine.upload import Means, Uploads, Written
@@ -30,11 +38,14 @@ class WriteOptions:
     """How shards are written.
 
     Attributes:
-        part_size: bytes of a multipart upload's part; more where an object would have more than 10,000.
-            A shard of at most one part is one PutObject. 32 MiB: a request costs about a millisecond of CPU.
+        part_size: bytes of a multipart upload's part, at most, but for a sixteenth, or where an object would have
+            more than 10,000. Parts are made even and as few as keep ``concurrency`` requests under way, so that
+            they end together, and of 8 MiB at least; a shard of up to twice that is one PutObject. Figures in
+            docs/tuning.md.
         frame_size: bytes under one checksum: the least that a verified read fetches.
-        max_inflight_nbytes: the byte budget of a save on this rank.
-        concurrency: requests under way at a time, at most.
+        max_inflight_nbytes: the byte budget of a save on this rank: memory that it takes beside the state dict.
+            Bytes that are sent from the state dict's own memory take none.
+        concurrency: requests under way at a time, at most; how many really are, `TrafficOptions` says.
         overwrite: replace a committed checkpoint at the same URL.
         commit_deadline_s: how long a commit in doubt is looked into.
         extensions: what items go through on their way, first applied first: for all of them, or by pattern of
@@ -42,10 +53,10 @@ class WriteOptions:
         transform_threads: frames that are transformed at a time.
     """
 
-    part_size: int = 32 << 20
+    part_size: int = 64 << 20
     frame_size: int = 4 << 20
     max_inflight_nbytes: int = 256 << 20
-    concurrency: int = 16
+    concurrency: int = 64
     overwrite: bool = False
     commit_deadline_s: float = 120
     extensions: Extensions = ()
@@ -67,14 +78,20 @@ class WriteOptions:
         if any(chain.extensions for chain in Rules(self.extensions).chains) and self._lookahead < 1:
             msg = (
                 f"max_inflight_nbytes={self.max_inflight_nbytes} is too little for extensions: it must hold two "
-                f"parts of part_size={self.part_size} and {LEAST_FRAMES} frames of frame_size={self.frame_size}"
+                f"parts of part_size={self.part_size}, or of 32 MiB if that is less, and {LEAST_FRAMES} frames of "
+                f"frame_size={self.frame_size}"
             )
             raise UsageError(msg)
 
     @property
+    def frames_part_size(self) -> int:
+        """Bytes of a part of a shard with extensions: it lies in memory until it is sent."""
+        return min(self.part_size, 32 << 20)
+
+    @property
     def _lookahead(self) -> int:
         """Runs of frames that may be transformed ahead; none where the budget could be used up by waiting."""
-        room = (self.max_inflight_nbytes - 2 * self.part_size) // (self.frame_size + _SMALL)
+        room = (self.max_inflight_nbytes - 2 * self.frames_part_size) // (self.frame_size + _SMALL)
         return min(2 * self.transform_threads, room // (LEAST_FRAMES // 2) - 1)
 
 
@@ -85,11 +102,15 @@ class ShardWriter:
         """Writes to ``store``."""
         self._store = store
         self._scratch = Scratch()
+        share = max(2 * LEAST_PART_SIZE, options.max_inflight_nbytes // options.concurrency)
         self._means = Means(
             store=store,
-            budget=Budget(options.max_inflight_nbytes, concurrency=options.concurrency),
-            pool=BufferPool(options.part_size, limit=options.max_inflight_nbytes),
+            budget=Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD),
+            pool=BufferPool(options.max_inflight_nbytes),
             part_size=options.part_size,
+            staged_part_size=min(options.part_size, share),
+            frames_part_size=options.frames_part_size,
+            ways=options.concurrency,
             filling=asyncio.Lock(),
             workers=asyncio.Semaphore(options.transform_threads),
             lookahead=max(1, options._lookahead),

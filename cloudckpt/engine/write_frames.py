@@ -161,7 +161,7 @@ class FramesUpload:
         self._parts.append(group.create_task(self._put_part(self._upload, len(self._parts), part)))
 
     async def _put_part(self, upload: Upload, index: int, part: _Part) -> Part:
-        offset = index * self._means.part_size
+        offset = index * self._means.frames_part_size
         async with self._means.requests:
             checksum = await in_thread(crc32c, part.data)
             done = await self._means.store.put_part(upload, index + 1, offset, [part.data], crc32c=checksum)
@@ -178,7 +178,8 @@ class FramesUpload:
         self._means.pool.give(self._open.buffer)
 
     def _new_part(self) -> _Part:
-        return _Part(self._means.pool.take(self._means.part_size))
+        size = self._means.frames_part_size
+        return _Part(self._means.pool.take(size)[:size])
 
     def _release(self, nbytes: int) -> None:
         self._held -= nbytes

@@ -5,16 +5,17 @@ Law: async; a shard is whole or it is gone.
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from awscrt.checksums import combine_crc32c, crc32c
 
-from cloudckpt.engine.framing import HEADER, Segment, ShardPlan, part_size_for, segments
+from cloudckpt.engine.framing import HEADER, LEAST_PART_SIZE, Segment, ShardPlan, part_size_for, segments
 from cloudckpt.engine.sources import BytesSource, Source
 from cloudckpt.engine.upload import Means, Written, aborting
 from cloudckpt.manifest import Shard, pack
 from cloudckpt.ranges import Range, split
-from cloudckpt.store.protocols import Part
+from cloudckpt.store.protocols import Part, Upload
 from cloudckpt.threads import in_thread
 
 
@@ -51,9 +52,11 @@ class PlainUpload:
 
     async def run(self) -> Written:
         """Uploads the shard; on failure its upload is aborted."""
-        plan = self._plan
-        size = part_size_for(plan.size, self._means.part_size)
-        if plan.size <= size:
+        plan, means = self._plan, self._means
+        is_staged = any(self._sources[i].scratch_nbytes(Range(0, 1)) for i in plan.items)
+        most = means.staged_part_size if is_staged else means.part_size
+        size = part_size_for(plan.size, most=most, ways=means.ways)
+        if plan.size <= max(size, min(most, 2 * LEAST_PART_SIZE)):
             await self._put_whole()
         else:
             await self._put_parts(size)
@@ -68,47 +71,69 @@ class PlainUpload:
 
     async def _put_whole(self) -> None:
         means, plan = self._means, self._plan
-        granted = await means.budget.take(plan.size)
+        cut = self._cut(Range(0, plan.size))
+        granted = await means.budget.take(cut.scratch_nbytes)
         try:
-            staged = await self._stage(Range(0, plan.size))
-            await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
+            staged = await self._stage(cut)
+            async with means.requests:
+                await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
             means.pool.give(staged.scratch)
         finally:
             means.budget.give(granted)
 
     async def _put_parts(self, size: int) -> None:
         means = self._means
-        upload = await means.store.create_upload(self._plan.key)
-        async with aborting(means.store, upload):
-            tasks: list[asyncio.Task[Part]] = []
+        async with AsyncExitStack() as clean_up:
 
-            async def put_part(number: int, at: Range) -> Part:
-                staged = await self._stage(at)
-                part = await means.store.put_part(upload, number, at.start, staged.body, crc32c=staged.crc32c)
+            async def create() -> Upload:
+                upload = await means.store.create_upload(self._plan.key)
+                await clean_up.enter_async_context(aborting(means.store, upload))
+                return upload
+
+            async def put_part(number: int, cut: _Cut) -> Part:
+                staged = await self._stage(cut)
+                upload = await creating  # the first parts are staged meanwhile
+                async with means.requests:
+                    part = await means.store.put_part(upload, number, cut.at.start, staged.body, crc32c=staged.crc32c)
                 means.pool.give(staged.scratch)
                 return part
 
+            tasks: list[asyncio.Task[Part]] = []
             async with asyncio.TaskGroup() as group:
+                creating = group.create_task(create())
                 for number, at in enumerate(split(Range(0, self._plan.size), size), start=1):
-                    granted = await means.budget.take(len(at))
-                    tasks.append(group.create_task(put_part(number, at)))
+                    cut = self._cut(at)
+                    granted = await means.budget.take(cut.scratch_nbytes)
+                    tasks.append(group.create_task(put_part(number, cut)))
                     means.budget.give_when_done(tasks[-1], granted)
             parts = [task.result() for task in tasks]
-            await means.store.complete_upload(upload, parts, crc32c=self._checksums.whole())
+            await means.store.complete_upload(creating.result(), parts, crc32c=self._checksums.whole())
 
-    async def _stage(self, at: Range) -> "_Staged":
+    def _cut(self, at: Range) -> "_Cut":
         cut = list(segments(self._plan, at))
         header = BytesSource(self._plan.header)
         of = [header if s.item == HEADER else self._sources[s.item] for s in cut]
-        needed = sum(source.scratch_nbytes(s.at) for s, source in zip(cut, of, strict=True))
-        scratch = self._means.pool.take(needed) if needed else memoryview(b"")
-        body, crcs = await in_thread(_stage_and_checksum, cut, of, scratch)
+        return _Cut(at, cut, of, sum(source.scratch_nbytes(s.at) for s, source in zip(cut, of, strict=True)))
+
+    async def _stage(self, cut: "_Cut") -> "_Staged":
+        scratch = self._means.pool.take(cut.scratch_nbytes)
+        body, crcs = await in_thread(_stage_and_checksum, cut.segments, cut.sources, scratch)
         whole = 0
-        for segment, crc in zip(cut, crcs, strict=True):
+        for segment, crc in zip(cut.segments, crcs, strict=True):
             whole = combine_crc32c(whole, crc, len(segment.at))
-        self._checksums.segments += zip(cut, crcs, strict=True)
-        self._checksums.parts.append((at.start, whole, len(at)))
+        self._checksums.segments += zip(cut.segments, crcs, strict=True)
+        self._checksums.parts.append((cut.at.start, whole, len(cut.at)))
         return _Staged(body, whole, scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Some of the object, not staged yet: its segments, where each comes from, and the memory that staging takes."""
+
+    at: Range
+    segments: Sequence[Segment]
+    sources: Sequence[Source]
+    scratch_nbytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,12 +72,8 @@ class Part:
     crc32c: int
 
 
-class Get(Protocol):
-    """Reading."""
-
-    async def get(self, key: str) -> Blob:
-        """The whole object; for small ones."""
-        ...
+class GetRange(Protocol):
+    """Reading some of an object."""
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """Receives the bytes ``at`` into the buffers, one after the other.
@@ -89,6 +85,14 @@ class Get(Protocol):
             ObjectNotFoundError: no such object.
             StoreError: the object is shorter than ``at.stop``.
         """
+        ...
+
+
+class Get(GetRange, Protocol):
+    """Reading."""
+
+    async def get(self, key: str) -> Blob:
+        """The whole object; for small ones."""
         ...
 
     async def head(self, key: str) -> ObjectInfo:
