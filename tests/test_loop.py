@@ -89,7 +89,7 @@ def test_a_thread_of_its_own_has_a_loop_of_its_own():
     async def where():
         return asyncio.get_running_loop()
 
-    assert LoopThread().run(where) is not loop.run(where)
+    assert LoopThread(1).run(where) is not loop.run(where)
 
 
 # Errors.
@@ -300,3 +300,87 @@ async def test_a_clean_up_runs_to_its_end_although_its_caller_is_cancelled_twice
 async def test_what_a_clean_up_raises_comes_up():
     with pytest.raises(StoreError, match="no"):
         await shielded(lambda: fail(StoreError("no")))
+
+
+# From one loop to another.
+
+
+@pytest.fixture(scope="module")
+def other():
+    return LoopThread(1)
+
+
+async def test_another_loop_runs_what_this_one_asks_for(other):
+    async def where():
+        return asyncio.get_running_loop()
+
+    assert await other.run_from_loop(where) is not asyncio.get_running_loop()
+
+
+async def test_an_error_comes_over_as_it_was_raised(other):
+    error = StoreError("no")
+
+    async def fail():
+        raise error
+
+    with pytest.raises(StoreError) as caught:
+        await other.run_from_loop(fail)
+    assert caught.value is error
+
+
+async def test_one_that_is_cancelled_is_left_only_when_its_clean_up_has_ended(other):
+    began, ended = threading.Event(), []
+
+    async def work():
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            ended.append(True)
+
+    task = asyncio.ensure_future(other.run_from_loop(work))
+    await asyncio.to_thread(began.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended == [True]
+
+
+async def test_one_that_is_cancelled_before_it_began_ends_too(other):
+    held, go_on = threading.Event(), threading.Event()
+
+    async def hold():
+        held.set()
+        go_on.wait(10)
+
+    holding = asyncio.ensure_future(other.run_from_loop(hold))
+    await asyncio.to_thread(held.wait, 10)
+    task = asyncio.ensure_future(other.run_from_loop(lambda: give(1)))
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await holding
+
+
+def test_threads_are_started_when_they_are_asked_for_and_stay():
+    first = loop.threads(1)
+    more = loop.threads(len(first) + 2)
+    assert len(more) == len(first) + 2
+    assert loop.threads(1) == more
+    assert more[: len(first)] == first
+
+
+def test_each_thread_can_be_asked():
+    seen = []
+
+    async def look():
+        seen.append(threading.current_thread())
+
+    count = len(loop.threads(3))
+    loop.run_on_each(look)
+    assert len(set(seen)) == count

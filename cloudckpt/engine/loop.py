@@ -1,6 +1,6 @@
-"""The event-loop thread of the process: sync above, async below.
+"""The event-loop threads of the process: sync above, async below.
 
-Law: the only place that owns a loop. A process that forks starts a new one in the child at first use; what
+Law: the only place that owns loops. A process that forks starts a new one in the child at first use; what
 the parent's loop was doing stays the parent's.
 """
 
@@ -16,6 +16,7 @@ from cloudckpt.errors import unwrap
 from cloudckpt.threads import DaemonExecutor
 
 T = TypeVar("T")
+_WORKERS_OF_OTHERS = 2
 _LOOK_S = 1
 """How often a waiting caller looks for signals."""
 _CLEAN_UP_S = 30
@@ -25,10 +26,10 @@ _CLEAN_UP_S = 30
 class LoopThread:
     """One event loop in a daemon thread."""
 
-    def __init__(self) -> None:
-        """Starts the thread."""
+    def __init__(self, workers: int) -> None:
+        """Starts the thread, and so many for its blocking work."""
         self._loop = asyncio.new_event_loop()
-        self._loop.set_default_executor(DaemonExecutor(min(32, (os.cpu_count() or 1) + 4)))
+        self._loop.set_default_executor(DaemonExecutor(workers))
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloudckpt-loop", daemon=True)
         self._thread.start()
 
@@ -52,6 +53,36 @@ class LoopThread:
                 future.cancel()
                 ended.wait(_CLEAN_UP_S)
             raise
+
+    async def run_from_loop(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Runs a coroutine here for one that runs on another loop.
+
+        When that one is cancelled, so is this; it has ended before this returns.
+        """
+        caller = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = caller.create_future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def start() -> None:
+            tasks.append(self._loop.create_task(main()))
+            tasks[0].add_done_callback(lambda _: caller.call_soon_threadsafe(ended.set_result, None))
+
+        def cancel() -> None:
+            tasks[0].cancel()
+
+        self._loop.call_soon_threadsafe(start)
+        is_cancelled = False
+        while not ended.done():
+            try:
+                await asyncio.wait([ended])
+            except asyncio.CancelledError:
+                is_cancelled = True
+                self._loop.call_soon_threadsafe(cancel)
+        if is_cancelled:
+            if not tasks[0].cancelled():
+                tasks[0].exception()  # seen, so that asyncio does not tell of it
+            raise asyncio.CancelledError
+        return tasks[0].result()
 
 
 async def _unwrapping(main: Callable[[], Coroutine[Any, Any, T]], ended: threading.Event) -> T:
@@ -81,7 +112,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.thread: LoopThread | None = None
+        self.threads: list[LoopThread] = []
 
 
 _process = _Process()
@@ -89,9 +120,23 @@ os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]
 
 
 def run(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs a coroutine on the process's loop thread; see `LoopThread.run`."""
+    """Runs a coroutine on the process's first loop thread; see `LoopThread.run`."""
+    return threads(1)[0].run(main)
+
+
+def run_on_each(main: Callable[[], Coroutine[Any, Any, object]]) -> None:
+    """Runs a coroutine on each loop thread that this process has, one after another."""
+    for thread in threads(0):
+        thread.run(main)
+
+
+def threads(least: int) -> list[LoopThread]:
+    """The loop threads of this process, in the order they were started: ``least`` of them, or more.
+
+    The first has threads for blocking work; the others only move bytes.
+    """
     with _process.lock:
-        if _process.thread is None:
-            _process.thread = LoopThread()
-        thread = _process.thread
-    return thread.run(main)
+        while len(_process.threads) < least:
+            workers = _WORKERS_OF_OTHERS if _process.threads else min(32, (os.cpu_count() or 1) + 4)
+            _process.threads.append(LoopThread(workers))
+        return list(_process.threads)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Self, TypeVar
 
 from cloudckpt.engine import loop
+from cloudckpt.engine.lanes import other_lanes
 from cloudckpt.errors import UsageError
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, close_kept_clients, open_store
@@ -37,7 +38,8 @@ class Session:
         _used_by.add(os.getpid())
 
         async def with_store() -> T:
-            async with open_store(self.url, self._options, keeps_client=True) as store:
+            others = other_lanes(self.url, self._options)
+            async with open_store(self.url, self._options, keeps_client=True, others=others) as store:
                 return await action(store)
 
         return loop.run(with_store)
@@ -59,7 +61,7 @@ _used_by: set[int] = set()
 
 def _close_kept_clients() -> None:
     if os.getpid() in _used_by:
-        loop.run(close_kept_clients)
+        loop.run_on_each(close_kept_clients)
 
 
 atexit.register(_close_kept_clients)

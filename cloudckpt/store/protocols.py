@@ -176,6 +176,14 @@ class Multipart(Protocol):
         ...
 
 
+class Moves(GetRange, Protocol):
+    """What moves the bytes of checkpoints."""
+
+    async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
+        """See `Multipart.put_part`."""
+        ...
+
+
 class Store(Get, Put, List, Delete, Multipart, Protocol):
     """All of it.
 

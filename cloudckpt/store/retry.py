@@ -8,8 +8,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TypeVar
 
 from cloudckpt.errors import ChecksumRefusedError, ObjectNotFoundError, StoreUnavailableError
@@ -19,6 +20,7 @@ from cloudckpt.store.protocols import (
     Body,
     Condition,
     IfMatch,
+    Moves,
     ObjectInfo,
     Part,
     Store,
@@ -50,9 +52,17 @@ class RetryOptions:
 class RetryingStore:
     """Implements `Store` over another; listings are asked again from their beginning only by the caller."""
 
-    def __init__(self, store: Store, options: RetryOptions, traffic: Traffic) -> None:
-        """Wraps ``store``, whose requests for many bytes go through ``traffic``, each attempt for itself."""
+    def __init__(self, store: Store, options: RetryOptions, traffic: Traffic, others: Sequence[Moves] = ()) -> None:
+        """Wraps a store.
+
+        Args:
+            store: is asked.
+            options: how long.
+            traffic: what requests for many bytes go through, each attempt for itself.
+            others: ways to the same store, which take turns with it at moving bytes.
+        """
         self._store = store
+        self._movers: Iterator[Moves] = cycle([store, *others])
         self._options = options
         self._traffic = traffic
         self.url = store.url
@@ -64,7 +74,7 @@ class RetryingStore:
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
-        await self._retry(lambda: self._traffic.get_range(self._store, key, at, into))
+        await self._retry(lambda: self._traffic.get_range(next(self._movers), key, at, into))
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -103,7 +113,7 @@ class RetryingStore:
         return await self._send(
             f"part {number} of {upload.key}",
             body,
-            lambda: self._store.put_part(upload, number, offset, body, crc32c=crc32c),
+            lambda: next(self._movers).put_part(upload, number, offset, body, crc32c=crc32c),
         )
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:

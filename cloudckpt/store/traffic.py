@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cloudckpt.errors import UsageError
 from cloudckpt.ranges import Range
-from cloudckpt.store.protocols import Get
+from cloudckpt.store.protocols import GetRange
 from cloudckpt.store.tails import Tails
 from cloudckpt.store.window import Window
 from cloudckpt.threads import in_thread
@@ -31,6 +31,8 @@ class TrafficOptions:
     Attributes:
         first_concurrency: requests under way at a time before it is known whether more help; 16 connections of a
             cloud's bucket carry about 1.4 GB/s.
+        lanes: event loops, each in a thread of its own, that move bytes to and from servers. One moves about 4 GiB/s,
+            over TLS 1 GiB/s (docs/tuning.md).
         late_factor: a request is late that takes so many times what its peers take. A late GET is sent again beside
             the first, and the faster one counts; a late part is broken off and sent again. ``inf`` never.
         late_least_s: no request is late before.
@@ -38,14 +40,20 @@ class TrafficOptions:
     """
 
     first_concurrency: int = 16
+    lanes: int = 1
     late_factor: float = 4
     late_least_s: float = 1
     late_share: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.first_concurrency < 1 or self.late_factor < 1 or self.late_least_s <= 0 or self.late_share < 0:
+        if (
+            min(self.first_concurrency, self.lanes, self.late_factor) < 1
+            or self.late_least_s <= 0
+            or self.late_share < 0
+        ):
             msg = (
-                f"first_concurrency={self.first_concurrency} and late_factor={self.late_factor} must be at least 1, "
+                f"first_concurrency={self.first_concurrency}, lanes={self.lanes} and "
+                f"late_factor={self.late_factor} must be at least 1, "
                 f"late_least_s={self.late_least_s} more than 0, late_share={self.late_share} at least 0"
             )
             raise UsageError(msg)
@@ -64,7 +72,7 @@ class Traffic:
             Tails(factor=o.late_factor, least_s=o.late_least_s, share=o.late_share) for _ in range(2)
         )
 
-    async def get_range(self, store: Get, key: str, at: Range, into: Sequence[memoryview]) -> None:
+    async def get_range(self, store: GetRange, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
         await self._window.run(len(at), lambda: self._get_range(store, key, at, into))
 
@@ -72,7 +80,7 @@ class Traffic:
         """Sends a body of so many bytes; ``request`` may be called again, ``what`` is for the log."""
         return await self._window.run(nbytes, lambda: self._send(what, nbytes, request))
 
-    async def _get_range(self, store: Get, key: str, at: Range, into: Sequence[memoryview]) -> None:
+    async def _get_range(self, store: GetRange, key: str, at: Range, into: Sequence[memoryview]) -> None:
         def get(views: Sequence[memoryview]) -> "Coroutine[Any, Any, Exception | None]":
             return self._outcome(self._gets, len(at), lambda: store.get_range(key, at, views))
 

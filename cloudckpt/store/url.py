@@ -5,7 +5,7 @@ Law: the only place that knows which store serves which scheme; imports a store'
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from cloudckpt.errors import UnsupportedUrlError
 from cloudckpt.options import overridden, refuse_unknown
-from cloudckpt.store.protocols import Store
+from cloudckpt.store.protocols import Moves, Store
 from cloudckpt.store.retry import RetryingStore, RetryOptions
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.traffic import Traffic, TrafficOptions
@@ -79,7 +79,11 @@ def check_url(url: str) -> str:
 
 @asynccontextmanager
 async def open_store(
-    url: str, options: StoreOptions | None = None, *, keeps_client: bool = False
+    url: str,
+    options: StoreOptions | None = None,
+    *,
+    keeps_client: bool = False,
+    others: Sequence[Moves] = (),
 ) -> AsyncIterator[Store]:
     """Opens the store rooted at ``url``, with retries, for as long as the context lasts.
 
@@ -88,12 +92,23 @@ async def open_store(
         options: how to reach it.
         keeps_client: leave what took long to make for the next store that is opened alike on this event loop;
             `close_kept_clients` must come before the loop ends.
+        others: ways to the same store, for moving bytes.
 
     Raises:
         UnsupportedUrlError: see `check_url`.
         CredentialsError: AWS's configuration names a profile that does not exist.
     """
     options = options or StoreOptions()
+    async with open_once(url, options, keeps_client=keeps_client) as store:
+        most = options.s3.max_connections
+        of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
+        traffic = of_loop.setdefault((store.identity, options.traffic, most), Traffic(options.traffic, most=most))
+        yield RetryingStore(store, options.retry, traffic, others)
+
+
+@asynccontextmanager
+async def open_once(url: str, options: StoreOptions, *, keeps_client: bool) -> AsyncIterator[Store]:
+    """As `open_store`, but what is asked of it is asked once."""
     parts = urlsplit(check_url(url))
     prefix = parts.path.strip("/")
     prefix += "/" if prefix else ""
@@ -101,26 +116,19 @@ async def open_store(
         from cloudckpt.store.s3 import S3Store
 
         async with S3Store(parts.netloc, prefix, options.s3, keeps_client=keeps_client) as store:
-            yield _retrying(store, options)
+            yield store
     elif parts.scheme == "file":
         from cloudckpt.store.fsspec import LocalStore
 
-        yield _retrying(LocalStore(unquote(parts.path)), options)
+        yield LocalStore(unquote(parts.path))
     else:
         from cloudckpt.store.memory import MemoryStore
 
-        yield _retrying(MemoryStore(parts.netloc, prefix), options)
+        yield MemoryStore(parts.netloc, prefix)
 
 
 _traffic: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, Traffic]] = WeakKeyDictionary()
 """What was learnt of each server, on each loop: the next save begins where the last one ended."""
-
-
-def _retrying(store: Store, options: StoreOptions) -> RetryingStore:
-    most = options.s3.max_connections
-    of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
-    traffic = of_loop.setdefault((store.identity, options.traffic, most), Traffic(options.traffic, most=most))
-    return RetryingStore(store, options.retry, traffic)
 
 
 async def close_kept_clients() -> None:
