@@ -76,7 +76,7 @@ class S3Store:
         with translated(where):
             reply = await self._client.get_object(**self._at(key), Range=f"bytes={at.start}-{at.stop - 1}")
             async with reply["Body"] as body:
-                if reply["ResponseMetadata"]["HTTPStatusCode"] != 206 or reply["ContentLength"] != len(at):
+                if reply["ResponseMetadata"]["HTTPStatusCode"] != 206 or reply.get("ContentLength") != len(at):
                     msg = f"{where} ends before byte {at.stop}, or its server does not serve ranges"
                     raise StoreError(msg)
                 await receive(body.raw_stream, into)
@@ -85,7 +85,9 @@ class S3Store:
         """See `Get.head`."""
         with translated(f"{self.url}/{key}"):
             reply = await self._client.head_object(**self._at(key))
-        return ObjectInfo(key=key, size=reply["ContentLength"], etag=reply["ETag"], modified=reply["LastModified"])
+            return ObjectInfo(
+                key=key, size=reply["ContentLength"], etag=reply["ETag"], modified=reply["LastModified"]
+            )
 
     async def put(
         self, key: str, body: Body, *, condition: Condition | None = None, crc32c: int | None = None
@@ -99,7 +101,7 @@ class S3Store:
                 **self._checksum(crc32c),
                 **self._encryption(),
             )
-        etag: str = reply["ETag"]
+            etag: str = reply["ETag"]
         return etag
 
     async def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
@@ -144,7 +146,7 @@ class S3Store:
             reply = await self._client.create_multipart_upload(
                 **self._at(key), **(kind if self._options.checksum else {}), **self._encryption()
             )
-        return Upload(key=key, upload_id=reply["UploadId"])
+            return Upload(key=key, upload_id=reply["UploadId"])
 
     async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
         """See `Multipart.put_part`."""
@@ -157,7 +159,7 @@ class S3Store:
                 Body=ViewsBody(body),
                 **self._checksum(crc32c),
             )
-        return Part(number=number, etag=reply["ETag"], crc32c=crc32c)
+            return Part(number=number, etag=reply["ETag"], crc32c=crc32c)
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
         """See `Multipart.complete_upload`."""
@@ -174,7 +176,7 @@ class S3Store:
                 MultipartUpload={"Parts": named},
                 **(whole if self._options.checksum else {}),
             )
-        etag: str = reply["ETag"]
+            etag: str = reply["ETag"]
         return etag
 
     async def abort_upload(self, upload: Upload) -> None:
@@ -204,6 +206,7 @@ class S3Store:
                 page = await self._client.list_objects_v2(
                     Bucket=self._bucket, Prefix=self._prefix + prefix, **token, **more
                 )
+                _ = page["Name"]  # every listing has one; an empty answer is none, and must not pass for "no objects"
             yield page
             if not page.get("IsTruncated"):
                 return

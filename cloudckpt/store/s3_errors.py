@@ -113,6 +113,9 @@ def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
     except boto.BotoCoreError as e:
         msg = f"{where}: {e}"
         raise StoreError(msg) from e
+    except KeyError as e:
+        msg = f"{where}: the server's answer lacks {e}; it may not speak S3"
+        raise StoreError(msg) from e
 
 
 def _of_reply(error: boto.ClientError, code: str, where: str) -> StoreError:

@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
-from aiohttp import ClientSession
+from aiohttp import ClientResponse, ClientSession
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
+from botocore.exceptions import BotoCoreError, ConnectionClosedError
 
 from cloudckpt.store.send import send
+
+_REDIRECTS = (301, 302, 303, 307, 308)
 
 _contexts: dict[bool | str, ssl.SSLContext] = {}
 """By what they verify against; shared by the sessions of the process."""
@@ -71,6 +74,7 @@ class _ViewsPayload(Payload):
         super().__init__(body.views)
         self._size = body.nbytes
         self._stall_s = stall_s
+        self.is_sent = False
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         del encoding, errors
@@ -78,21 +82,42 @@ class _ViewsPayload(Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         await send(writer, self._value, stall_s=self._stall_s)
+        self.is_sent = True
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
         del content_length  # botocore took it from this very body
         await self.write(writer)
 
 
+class RedirectedError(BotoCoreError):  # type: ignore[misc]
+    """The server sends the request elsewhere, and not to another region of S3."""
+
+    fmt = "the server redirects to {location} (HTTP {status}); if that is the right one, pass it as endpoint_url="
+
+
+class _WithoutRedirects:
+    """An aiohttp session, of which aiobotocore uses one method, that follows no redirect.
+
+    aiohttp would take the session token to the other server, and a signature that is not for it; botocore goes to the
+    region that a redirect names.
+    """
+
+    def __init__(self, session: ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **more: Any) -> ClientResponse:
+        return await self._session.request(method, allow_redirects=False, **more)
+
+
 class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
     """Sends each request once; `ViewsBody` bodies go out by their views."""
 
-    async def _get_session(self, proxy_url: str | None) -> ClientSession:
+    async def _get_session(self, proxy_url: str | None) -> "_WithoutRedirects":
         session: ClientSession = await super()._get_session(proxy_url)
         # aiohttp re-sends idempotent requests, PUT among them, when a kept-alive connection was lost: a
         # conditional PUT that had landed would then be answered 412. aiohttp's own test client uses this switch.
         session._retry_connection = False
-        return session
+        return _WithoutRedirects(session)
 
     def _build_ssl_contexts(self, proxy_url: str | None) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
         # Reading the certificate authorities takes tens of milliseconds, for plain http too. A context that
@@ -106,8 +131,25 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
 
     async def send(self, request: Any) -> Any:
         """Sends a prepared request; see `AIOHTTPSession.send`."""
-        if isinstance(request.body, ViewsBody):
-            # aiohttp waits for "100 Continue" without end, and not every gateway sends it.
-            del request.headers["Expect"]
-            request.body = _ViewsPayload(request.body, self._timeout.sock_read)
-        return await super().send(request)
+        reply = await self._send_once(request)
+        # botocore goes to the region that a redirect names; where none is named it asks HEAD for one, which is
+        # redirected too, without end.
+        if reply.status_code in _REDIRECTS and "x-amz-bucket-region" not in reply.headers:
+            await reply.content  # so that the connection goes back
+            raise RedirectedError(location=reply.headers.get("location"), status=reply.status_code)
+        return reply
+
+    async def _send_once(self, request: Any) -> Any:
+        body = request.body
+        if not isinstance(body, ViewsBody):
+            return await super().send(request)
+        # aiohttp waits for "100 Continue" without end, and not every gateway sends it.
+        request.headers.pop("Expect", None)
+        request.body = payload = _ViewsPayload(body, self._timeout.sock_read)
+        try:
+            reply = await super().send(request)
+        finally:
+            request.body = body  # botocore rewinds it to follow a redirect to another region
+        if body.nbytes and not payload.is_sent and reply.status_code < 300:
+            raise ConnectionClosedError(endpoint_url=request.url)  # aiohttp stops sending once it has the answer
+        return reply

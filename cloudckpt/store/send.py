@@ -78,15 +78,15 @@ class _Sender:
         """Returns when the socket has taken all of it."""
         # A descriptor of its own, for asyncio refuses to watch one that a transport watches.
         fd = os.dup(self._transport.get_extra_info("socket").fileno())
-        clock = self._loop.call_later(self._stall_s, self._look_at_clock) if self._stall_s else None
+        self._clock = self._loop.call_later(self._stall_s, self._look_at_clock) if self._stall_s else None
         self._loop.add_writer(fd, self._write, fd)
         try:
             await self._done
         finally:
             self._loop.remove_writer(fd)
             os.close(fd)
-            if clock is not None:
-                clock.cancel()
+            if self._clock is not None:
+                self._clock.cancel()
 
     def _write(self, fd: int) -> None:
         if self._done.done():
@@ -114,6 +114,6 @@ class _Sender:
         assert self._stall_s is not None  # noqa: S101 - for the type checker
         left = self._heard + self._stall_s - self._loop.time()
         if left > 0:
-            self._loop.call_later(left, self._look_at_clock)
+            self._clock = self._loop.call_later(left, self._look_at_clock)
         elif not self._done.done():
             self._done.set_exception(TimeoutError(f"the server took nothing for {self._stall_s:g} s"))
