@@ -44,19 +44,29 @@ async def test_there_is_a_way_for_each_loop_beside_the_first():
 
 async def test_ways_to_a_store_take_turns():
     memory = MemoryStore("tests", "", Bucket())
-    await memory.put("k", [memoryview(b"hello")])
+    await memory.put("k", [memoryview(bytes(4 * MIB))])
     ways = [RecordingStore(memory) for _ in range(3)]
     store = RetryingStore(ways[0], RetryOptions(), Traffic(TrafficOptions(), most=8), ways[1:])
     for _ in range(6):
-        await store.get_range("k", Range(0, 5), [memoryview(bytearray(5))])
+        await store.get_range("k", Range(0, 4 * MIB), [memoryview(bytearray(4 * MIB))])
     assert [len(way.requests) for way in ways] == [2, 2, 2]
+
+
+async def test_few_bytes_stay_on_the_first():
+    memory = MemoryStore("tests", "", Bucket())
+    await memory.put("k", [memoryview(b"hello")])
+    ways = [RecordingStore(memory) for _ in range(3)]
+    store = RetryingStore(ways[0], RetryOptions(), Traffic(TrafficOptions(), most=8), ways[1:])
+    for _ in range(3):
+        await store.get_range("k", Range(0, 5), [memoryview(bytearray(5))])
+    assert [len(way.requests) for way in ways] == [3, 0, 0]
 
 
 def test_an_error_from_another_loop_is_the_one_that_it_would_be_here(server, s3, root):
     async def action(store):
         for _ in range(2):  # one of them is the other's
             with pytest.raises(ObjectNotFoundError):
-                await store.get_range("nothing", Range(0, 10), [memoryview(bytearray(10))])
+                await store.get_range("nothing", Range(0, 4 * MIB), [memoryview(bytearray(4 * MIB))])
 
     with session_of(s3, root) as session:
         session.run(action)

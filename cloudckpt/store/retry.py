@@ -30,6 +30,8 @@ from cloudckpt.store.traffic import Traffic
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_MANY_NBYTES = 4 << 20
+"""Less is not worth a client on another event loop."""
 _RETRIED = (StoreUnavailableError, ChecksumRefusedError)
 
 
@@ -59,7 +61,7 @@ class RetryingStore:
             store: is asked.
             options: how long.
             traffic: what requests for many bytes go through, each attempt for itself.
-            others: ways to the same store, which take turns with it at moving bytes.
+            others: ways to the same store, which take turns with it at moving many bytes.
         """
         self._store = store
         self._movers: Iterator[Moves] = cycle([store, *others])
@@ -74,7 +76,7 @@ class RetryingStore:
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
-        await self._retry(lambda: self._traffic.get_range(next(self._movers), key, at, into))
+        await self._retry(lambda: self._traffic.get_range(self._mover(len(at)), key, at, into))
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -113,7 +115,7 @@ class RetryingStore:
         return await self._send(
             f"part {number} of {upload.key}",
             body,
-            lambda: next(self._movers).put_part(upload, number, offset, body, crc32c=crc32c),
+            lambda: self._mover(sum(map(len, body))).put_part(upload, number, offset, body, crc32c=crc32c),
         )
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
@@ -143,6 +145,9 @@ class RetryingStore:
     def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
         return self._store.list_uploads(prefix)
+
+    def _mover(self, nbytes: int) -> Moves:
+        return next(self._movers) if nbytes >= _MANY_NBYTES else self._store
 
     async def _send(self, what: str, body: Body, request: Callable[[], Awaitable[T]]) -> T:
         nbytes = sum(map(len, body))

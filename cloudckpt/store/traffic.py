@@ -31,8 +31,7 @@ class TrafficOptions:
     Attributes:
         first_concurrency: requests under way at a time before it is known whether more help; 16 connections of a
             cloud's bucket carry about 1.4 GB/s.
-        lanes: event loops, each in a thread of its own, that move bytes to and from servers. One moves about 4 GiB/s,
-            over TLS 1 GiB/s (docs/tuning.md).
+        lanes: event loops, each in a thread of its own, that move bytes to and from servers (docs/tuning.md).
         late_factor: a request is late that takes so many times what its peers take. A late GET is sent again beside
             the first, and the faster one counts; a late part is broken off and sent again. ``inf`` never.
         late_least_s: no request is late before.
@@ -40,7 +39,7 @@ class TrafficOptions:
     """
 
     first_concurrency: int = 16
-    lanes: int = 1
+    lanes: int = 2
     late_factor: float = 4
     late_least_s: float = 1
     late_share: float = 0.05
