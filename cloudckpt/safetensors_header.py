@@ -5,7 +5,6 @@ multiple of eight (https://github.com/huggingface/safetensors#format). Data foll
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -18,8 +17,7 @@ PER_ITEM_NBYTES = 96
 """An upper bound for what an item adds to the header beside its name, its shape and its notes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeaderItem:
+class HeaderItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One tensor of the header.
 
     Attributes:

@@ -4,8 +4,9 @@ Law: contracts only. Everything above reads through these and does not ask for t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from cloudckpt.engine.fetching import RegionRead
 from cloudckpt.engine.read import ReadOptions, Stats, Wanted
@@ -14,8 +15,7 @@ from cloudckpt.ranges import Region
 from cloudckpt.store.protocols import Get
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(Struct, frozen=True, gc=False):
     """A rectangle that is about to be read.
 
     Attributes:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
+from msgspec import Struct
+
 from cloudckpt.extensions.base import FrameContext
 from cloudckpt.ranges import Range, Region, coalesce, is_bridged, span_of, strides_of
 
@@ -45,8 +47,7 @@ class StoredFrames:
     starts: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegionRead:
+class RegionRead(Struct, frozen=True, kw_only=True, gc=False):
     """One rectangle of one chunk, wanted by someone.
 
     Attributes:
@@ -77,8 +78,7 @@ class RegionRead:
         return self.region.numel * self.itemsize
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True, gc=False):
     """A part of a read that arrives in one request.
 
     Attributes:

@@ -38,8 +38,7 @@ HEADER = -1
 """In place of an item's index: the shard's header, which no frame covers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class Item(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a shard is told of an item.
 
     Attributes:
@@ -80,8 +79,7 @@ class ShardPlan:
         return self.starts[-1]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """Bytes of one item (or of the header) that lie in one part and in one frame.
 
     Attributes:

@@ -11,6 +11,7 @@ from functools import partial
 from time import perf_counter
 
 from awscrt.checksums import combine_crc32c, crc32c
+from msgspec import Struct
 
 from cloudckpt.engine.budget import AHEAD, Budget, BufferPool
 from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
@@ -91,8 +92,7 @@ class Stats:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(Struct, frozen=True, gc=False):
     """A read and where it goes; ``name`` is for messages."""
 
     name: str
