@@ -3,13 +3,19 @@ PYTHON ?= python3
 SERVERS ?= moto seaweedfs
 SIZE ?= 1GiB
 ROUNDS ?= 5
+SERVER ?= seaweedfs
+SCHEME ?= http
 
 BIN := .venv/bin
 READY := .venv/ready
 BENCH_DIR := .servers/bench
 BENCH_PORT := 18333
+BENCH_TLS_PORT := 18344
+BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
+BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
+BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format bench servers clean
+.PHONY: demo test lint format bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
@@ -27,12 +33,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) ## save and load beside PyTorch's own, on a SeaweedFS of its own
-	PYTHON=$(BIN)/python localstack/seaweedfs.sh install
-	localstack/seaweedfs.sh start $(BENCH_DIR) $(BENCH_PORT)
-	AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT) AWS_ACCESS_KEY_ID=testing AWS_SECRET_ACCESS_KEY=testingsecret \
-	AWS_REGION=us-east-1 $(BIN)/cloudckpt bench s3://bench/run --create-bucket --rounds $(ROUNDS) --size $(SIZE) $(BENCH); \
-	status=$$?; localstack/seaweedfs.sh stop $(BENCH_DIR); rm -rf $(BENCH_DIR); exit $$status
+bench: bench-on-$(SERVER) ## save and load beside others; SERVER: seaweedfs, rgw (root; SCHEME=https), null, null-tls, cloud
+
+bench-on-null bench-on-null-tls bench-on-cloud: $(READY)
+	$(BENCH_COMMAND) --server $(@:bench-on-%=%) $(BENCH)
+
+bench-on-seaweedfs bench-on-rgw: $(READY)
+	PYTHON=$(BIN)/python localstack/$(@:bench-on-%=%).sh install
+	TLS_PORT=$(BENCH_TLS_PORT) localstack/$(@:bench-on-%=%).sh start $(BENCH_DIR) $(BENCH_PORT)
+	$(BENCH_$(SCHEME)) AWS_ACCESS_KEY_ID=testing AWS_SECRET_ACCESS_KEY=testingsecret AWS_REGION=us-east-1 \
+	$(BENCH_COMMAND) s3://bench/run --create-bucket $(BENCH); \
+	status=$$?; localstack/$(@:bench-on-%=%).sh stop $(BENCH_DIR); rm -rf $(BENCH_DIR); exit $$status
 
 servers: $(READY)
 	@for name in $(SERVERS); do \
@@ -47,4 +58,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-localstack .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-localstack .venv-aiobotocore-oldest .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis

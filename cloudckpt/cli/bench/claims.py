@@ -3,17 +3,37 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloudckpt.cli.bench.figures import OPERATIONS, Ratio, Summary
+from cloudckpt.cli.bench.counter import PART
+from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, Traffic
 from cloudckpt.cli.bench.partial import NAME as PARTIAL
 from cloudckpt.cli.bench.partial import Partial
 from cloudckpt.cli.bench.rows import MOST_FRAMES, ROWS, RowsFigure
 from cloudckpt.cli.bench.sizes import spelled
 from cloudckpt.cli.bench.weights import NAME as WEIGHTS
 from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
+from cloudckpt.cli.bench.workloads import RAW
 
-MOST_CPU = 0.5
+LEAST_LOAD_SPEED = {"fsspec": 6.0, "fsspec-8": 4.0, "s3torchconnector": 2.0}
+MOST_SAVE_CPU = {"fsspec": 0.25, "fsspec-8": 0.25, "s3torchconnector": 0.5}
 """Of a peer's client CPU."""
-LEAST_LOAD_SPEED = 3.0
+LEAST_OF_RAW_SPEED = 0.9
+MOST_OF_RAW_CPU: dict[str, dict[tuple[Operation, str], float]] = {
+    "null": {
+        ("load", "raw-sockets"): 1.6,
+        ("save", "raw-sockets"): 2.0,
+        ("load", "raw-aiobotocore"): 0.55,
+        ("save", "raw-aiobotocore"): 0.8,
+    },
+    "null-tls": {("load", "raw-aiobotocore"): 0.85, ("save", "raw-aiobotocore"): 0.85},
+}
+"""By null server."""
+LEAST_OF_CONNECTIONS = 0.85
+"""Of what they could carry."""
+MOST_REQUESTS_BEYOND_PARTS = 3
+CHECKPOINT_REQUESTS = 2
+"""A look at what is there, and the manifest."""
+MOST_MORE_S = 1.0
+MOST_STOCK_CPU = 0.5
 LEAST_STOCK_LOAD_SPEED = 4.0
 LEAST_SLICE_SPEED = 50.0
 """Of a peer's."""
@@ -39,17 +59,84 @@ class Claim:
     holds: bool | None
 
 
-def about_speed(workload: str, ratios: Sequence[Ratio], least_load_speed: float = LEAST_LOAD_SPEED) -> list[Claim]:
-    """Client CPU and load speed beside each peer."""
-    claims = []
-    for ratio in ratios:
-        says = f"{ratio.operation}: client CPU at most {MOST_CPU:g} of {ratio.peer}'s"
-        claims.append(Claim(workload=workload, says=says, measured=f"{ratio.cpu:.2f}", holds=ratio.cpu <= MOST_CPU))
-        if ratio.operation == "load":
-            says = f"load: at least {least_load_speed:g} times as fast as {ratio.peer}"
-            holds = ratio.speed >= least_load_speed
-            claims.append(Claim(workload=workload, says=says, measured=f"{ratio.speed:.2f}", holds=holds))
-    return claims
+def about_stock(workload: str, ratios: Sequence[Ratio]) -> list[Claim]:
+    """Client CPU and speed of loading what torch saved, beside each peer."""
+    found = []
+    for r in ratios:
+        found.append(_at_most(workload, f"load: client CPU at most {{}} of {r.peer}'s", r.cpu, MOST_STOCK_CPU))
+        found.append(
+            _at_least(workload, f"load: at least {{}} times as fast as {r.peer}", r.speed, LEAST_STOCK_LOAD_SPEED)
+        )
+    return found
+
+
+def about_peers(workload: str, ratios: Sequence[Ratio]) -> list[Claim]:
+    """Saves and loads beside other checkpoint libraries and the fastest of the raw references, on a real server."""
+    found = []
+    for r in ratios:
+        if r.operation == "load" and r.peer in LEAST_LOAD_SPEED:
+            says = f"load: at least {{}} times as fast as {r.peer}"
+            found.append(_at_least(workload, says, r.speed, LEAST_LOAD_SPEED[r.peer]))
+        if r.operation == "save" and r.peer in MOST_SAVE_CPU:
+            says = f"save: client CPU at most {{}} of {r.peer}'s"
+            found.append(_at_most(workload, says, r.cpu, MOST_SAVE_CPU[r.peer]))
+    raw = [r for r in ratios if r.operation == "save" and r.peer in RAW]
+    if raw:
+        fastest = min(raw, key=lambda r: r.speed)
+        says = f"save: at least {{}} of the speed of the fastest raw reference, {fastest.peer}"
+        found.append(_at_least(workload, says, fastest.speed, LEAST_OF_RAW_SPEED))
+    return found
+
+
+def about_cpu(workload: str, server: str, ratios: Sequence[Ratio]) -> list[Claim]:
+    """Client CPU beside raw references, on a null server."""
+    bounds = MOST_OF_RAW_CPU.get(server, {})
+    return [
+        _at_most(
+            workload, f"{r.operation}: client CPU at most {{}} of {r.peer}'s", r.cpu, bounds[r.operation, r.peer]
+        )
+        for r in ratios
+        if (r.operation, r.peer) in bounds
+    ]
+
+
+def about_connections(
+    workload: str, nbytes: int, summaries: Sequence[Summary], concurrency: int, bytes_per_s: float
+) -> list[Claim]:
+    """How much of what the connections could carry was used."""
+    could = concurrency * bytes_per_s
+    says = f"at least {{}} of what {concurrency} connections of {bytes_per_s / 1e6:g} MB/s carry"
+    return [
+        _at_least(
+            workload, f"{s.operation} by {s.contender}: {says}", nbytes / s.wall_s / could, LEAST_OF_CONNECTIONS
+        )
+        for s in summaries
+    ]
+
+
+def about_small_requests(workload: str, traffic: Traffic) -> Claim:
+    """What saving many small tensors asks of the server, a rank's shard being one."""
+    beyond = sum(count for method, count in traffic.requests.items() if method != PART)
+    says = "save: at most {} requests for its shard beyond the parts, and two for the checkpoint"
+    return _at_most(workload, says, beyond - CHECKPOINT_REQUESTS, MOST_REQUESTS_BEYOND_PARTS)
+
+
+def about_small_loads(workload: str, small: Summary, as_one: Summary) -> Claim:
+    """How much longer many small tensors take than the same bytes as one."""
+    says = "load: at most {} s more than the same bytes as one tensor"
+    return _at_most(workload, says, small.wall_s - as_one.wall_s, MOST_MORE_S)
+
+
+def _at_least(workload: str, says: str, measured: float, bound: float) -> Claim:
+    return Claim(
+        workload=workload, says=says.format(f"{bound:g}"), measured=f"{measured:.2f}", holds=measured >= bound
+    )
+
+
+def _at_most(workload: str, says: str, measured: float, bound: float) -> Claim:
+    return Claim(
+        workload=workload, says=says.format(f"{bound:g}"), measured=f"{measured:.2f}", holds=measured <= bound
+    )
 
 
 def about_memory(workload: str, summaries: Sequence[Summary], budget_nbytes: int) -> list[Claim]:

@@ -4,9 +4,14 @@ Law: a contender's libraries are imported when it first works, in its own proces
 """
 
 import os
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from cloudckpt.cli.bench.figures import Operation
+from cloudckpt.cli.bench.peers import FileSystem, Fsspec, S3TorchConnector
+from cloudckpt.cli.bench.raw import Cut
+from cloudckpt.cli.bench.raw_sockets import RawSockets
+from cloudckpt.cli.bench.references import RawAiobotocore, RawBoto3, RawObstore
 from cloudckpt.cli.bench.workloads import State
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.write import WriteOptions
@@ -25,6 +30,19 @@ OURS_ON_STOCK = "cloudckpt-stock"
 OUR_KINDS = (OURS, COMPRESSED, SLOW_CORE, OURS_ON_STOCK)
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A contender with something to do outside the clock."""
+
+    def prepare(self, operation: Operation, state: State, url: str) -> None:
+        """Comes before each save and each load of these."""
+        ...
+
+    def close(self) -> None:
+        """Ends its clients; comes last."""
+        ...
+
+
 class Contender(Protocol):
     """Something that saves and loads checkpoints. Clients it keeps between calls are made by the first."""
 
@@ -36,6 +54,11 @@ class Contender(Protocol):
     @property
     def modules(self) -> tuple[str, ...]:
         """The distributions whose versions matter to its figures."""
+        ...
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether it moves bytes, not checkpoints: it is given all bytes of a workload as one tensor."""
         ...
 
     def settings(self) -> dict[str, Any]:
@@ -60,20 +83,27 @@ class Cloudckpt:
         modules: see `Contender.modules`.
         extensions: on saving.
         is_on_one_core: whether its process keeps to one core.
+        concurrency: of writer and reader; None for their defaults.
         addressing_style: see `S3Options`.
     """
+
+    is_raw: ClassVar[bool] = False
 
     name: str = OURS
     modules: tuple[str, ...] = ("cloudckpt", "torch", "aiobotocore", "botocore", "aiohttp", "awscrt", "numpy")
     extensions: tuple[Extension, ...] = ()
     is_on_one_core: bool = False
+    concurrency: int | None = None
     addressing_style: Any = "auto"
 
     def settings(self) -> dict[str, Any]:
         """See `Contender.settings`."""
         return {
-            "write": {**asdict(WriteOptions()), "extensions": [e.get_descriptor() for e in self.extensions]},
-            "read": asdict(ReadOptions()),
+            "write": {
+                **asdict(replace(WriteOptions(), **self._overrides())),
+                "extensions": [e.get_descriptor() for e in self.extensions],
+            },
+            "read": asdict(replace(ReadOptions(), **self._overrides())),
             "addressing_style": self.addressing_style,
             "is_on_one_core": self.is_on_one_core,
         }
@@ -86,7 +116,7 @@ class Cloudckpt:
 
         if self.is_on_one_core:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        writer = ObjectStoreWriter(url, store=self._store(), extensions=self.extensions)
+        writer = ObjectStoreWriter(url, store=self._store(), extensions=self.extensions, **self._overrides())
         save(state, storage_writer=writer, no_dist=True)
 
     def load(self, state: State, url: str) -> None:
@@ -95,7 +125,11 @@ class Cloudckpt:
 
         from cloudckpt.dcp.reader import ObjectStoreReader
 
-        load(state, storage_reader=ObjectStoreReader(url, store=self._store()), no_dist=True)
+        reader = ObjectStoreReader(url, store=self._store(), **self._overrides())
+        load(state, storage_reader=reader, no_dist=True)
+
+    def _overrides(self) -> dict[str, Any]:
+        return {} if self.concurrency is None else {"concurrency": self.concurrency}
 
     def _store(self) -> StoreOptions:
         return StoreOptions(s3=S3Options(addressing_style=self.addressing_style))
@@ -110,8 +144,10 @@ class OnStock:
         writes: how it saves.
     """
 
+    is_raw: ClassVar[bool] = False
+
     reads: Cloudckpt
-    writes: "Fsspec"
+    writes: Fsspec
     name: str = OURS_ON_STOCK
 
     @property
@@ -132,85 +168,46 @@ class OnStock:
         self.reads.load(state, url)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fsspec:
-    """PyTorch's own FsspecWriter and FsspecReader over s3fs, which keep their file systems between calls.
+def all_contenders(
+    addressing_style: str,
+    *,
+    folder: str,
+    concurrency: int | None = None,
+    connections: int = 8,
+    request_size: int | None = None,
+) -> dict[str, Contender]:
+    """Every contender by its name.
 
-    The settings were chosen by measuring those that s3fs documents (s3fs.readthedocs.io/en/latest/api.html,
-    filesystem-spec.readthedocs.io/en/latest/api.html#read-buffering).
-    Bodies are not hashed with SHA-256 for the signature, as ours are not. s3fs's ``max_concurrency`` is left
-    alone: an open file, which is what DCP asks s3fs for, sends its parts one after another whatever it says.
-
-    Attributes:
-        name: see `Contender.name`.
-        modules: see `Contender.modules`.
-        threads: the writer's ``thread_count``; it writes a file for each.
+    Args:
         addressing_style: see `S3Options`.
-        write_storage: for s3fs. Parts of 8 MiB took less CPU and a fifth of the memory of those of 50 MiB.
-        read_storage: for s3fs. Blocks of 50 MiB, the next fetched by a thread meanwhile, loaded about twice as
-            fast as the default read-ahead, and faster than smaller blocks, whole files or no cache.
+        folder: for those that keep files.
+        concurrency: requests under way at a time, of ours and of the references; None for the defaults.
+        connections: of the plain sockets.
+        request_size: bytes of the references' parts and ranges; None for those of ours.
     """
-
-    name: str
-    modules: tuple[str, ...] = ("torch", "s3fs", "fsspec", "aiobotocore", "botocore", "aiohttp")
-    threads: int
-    addressing_style: Any = "auto"
-    write_storage: dict[str, Any] = field(default_factory=lambda: {"default_block_size": 8 << 20})
-    read_storage: dict[str, Any] = field(default_factory=lambda: {"default_cache_type": "background"})
-
-    def settings(self) -> dict[str, Any]:
-        """See `Contender.settings`."""
-        return {"writer": self._writer(), "reader": self._reader()}
-
-    def save(self, state: State, url: str) -> None:
-        """See `Contender.save`."""
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        save(state, storage_writer=FsspecWriter(url, **self._writer()), no_dist=True)
-
-    def load(self, state: State, url: str) -> None:
-        """See `Contender.load`."""
-        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-        from torch.distributed.checkpoint.state_dict_loader import load
-
-        load(state, storage_reader=FsspecReader(url, **self._reader()), no_dist=True)
-
-    def _writer(self) -> dict[str, Any]:
-        return {"thread_count": self.threads, "sync_files": False, **self._config(), **self.write_storage}
-
-    def _reader(self) -> dict[str, Any]:
-        return {**self._config(), **self.read_storage}
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "config_kwargs": {"s3": {"addressing_style": self.addressing_style, "payload_signing_enabled": False}}
-        }
-
-
-def all_contenders(addressing_style: str) -> dict[str, Contender]:
-    """Every contender by its name."""
+    style: dict[str, Any] = {"addressing_style": addressing_style}
+    ours: dict[str, Any] = {**style, "concurrency": concurrency}
+    cut = Cut(concurrency=concurrency or WriteOptions().concurrency, request_size=request_size)
+    raw: dict[str, Any] = {**style, "cut": cut, **({} if concurrency is None else {"concurrency": concurrency})}
     known: list[Contender] = [
-        Cloudckpt(addressing_style=addressing_style),
-        Cloudckpt(name=COMPRESSED, extensions=(BytePlane(), ZStandard()), addressing_style=addressing_style),
-        Cloudckpt(
-            name=SLOW_CORE,
-            extensions=(BytePlane(), ZStandard(level=9)),
-            is_on_one_core=True,
-            addressing_style=addressing_style,
-        ),
-        OnStock(
-            reads=Cloudckpt(addressing_style=addressing_style),
-            writes=Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
-        ),
-        Fsspec(name="fsspec", threads=1, addressing_style=addressing_style),
+        Cloudckpt(**ours),
+        Cloudckpt(name=COMPRESSED, extensions=(BytePlane(), ZStandard()), **ours),
+        Cloudckpt(name=SLOW_CORE, extensions=(BytePlane(), ZStandard(level=9)), is_on_one_core=True, **ours),
+        OnStock(reads=Cloudckpt(**ours), writes=Fsspec(name="fsspec", threads=1, **style)),
+        Fsspec(name="fsspec", threads=1, **style),
         Fsspec(
             name="fsspec-default",
             threads=1,
-            addressing_style=addressing_style,
             write_storage={"default_block_size": 8 << 20},
             read_storage={},
+            **style,
         ),
-        Fsspec(name="fsspec-8", threads=8, addressing_style=addressing_style),
+        Fsspec(name="fsspec-8", threads=8, **style),
+        S3TorchConnector(**style),
+        FileSystem(folder=folder),
+        RawSockets(connections=connections, cut=cut, **style),
+        RawAiobotocore(**raw),
+        RawBoto3(**raw),
+        RawObstore(**raw),
     ]
     return {contender.name: contender for contender in known}

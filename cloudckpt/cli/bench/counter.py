@@ -1,17 +1,20 @@
-"""Counts what a server sends: a relay in front of it, in a thread of this process.
+"""Counts what goes to a server and comes from it: a relay in front of it, in a thread of this process.
 
-Law: passes bytes on as they come, and counts those that come back, headers included.
+Law: passes bytes on as they come, and counts them in both directions, headers included.
 """
 
 import asyncio
 import contextlib
+import re
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 _CHUNK = 1 << 20
-_REQUESTS = (b"GET ", b"HEAD ")
+PART = "PART"
+"""A PUT that is a part of a multipart upload."""
 
 
 @dataclass(slots=True)
@@ -20,17 +23,57 @@ class Counter:
 
     Attributes:
         url: to send requests to.
-        nbytes: that the server sent.
-        requests: that begin a segment with GET or HEAD.
+        sent, received: bytes to the server, and from it.
+        methods: requests by their method; parts of multipart uploads are told apart as `PART`.
     """
 
     url: str
-    nbytes: int = 0
-    requests: int = 0
+    sent: int = 0
+    received: int = 0
+    methods: Counts[str] = field(default_factory=Counts)
+
+    @property
+    def requests(self) -> int:
+        """All of them."""
+        return self.methods.total()
 
     def reset(self) -> None:
         """Counts from nothing."""
-        self.nbytes = self.requests = 0
+        self.sent = self.received = 0
+        self.methods = Counts()
+
+
+class RequestParser:
+    """Finds the requests in what a client sends on one connection, however it was cut in pieces. Pure."""
+
+    def __init__(self) -> None:
+        self._head = b""
+        self._left = 0
+        self._is_chunked = False
+
+    def feed(self, data: bytes) -> Iterator[str]:
+        """Takes the next bytes, and yields the method of each request whose head ends in them."""
+        while data:
+            skipped = min(self._left, len(data))
+            self._left -= skipped
+            data = data[skipped:]
+            if not data:
+                return
+            head, end, rest = (self._head + data).partition(b"\r\n\r\n")
+            if not end:
+                self._head = head
+                return
+            self._head, data = b"", rest
+            if self._is_chunked and not re.match(rb"[A-Z]+ \S+ HTTP/", head):
+                continue  # the end of a body whose length was not told
+            yield self._method(head)
+
+    def _method(self, head: bytes) -> str:
+        length = re.search(rb"(?im)^content-length: *(\d+)", head)
+        self._left = int(length[1]) if length else 0
+        self._is_chunked = bool(re.search(rb"(?im)^transfer-encoding: *chunked", head))
+        method, target, *_ = head.split(b" ", 2)
+        return PART if method == b"PUT" and b"partNumber=" in target else method.decode()
 
 
 @contextlib.contextmanager
@@ -45,9 +88,13 @@ def counting(endpoint: str) -> Iterator[Counter]:
     async def relay() -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             far_reader, far_writer = await asyncio.open_connection(at.hostname, at.port or 80, limit=_CHUNK)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(_pass_on(reader, far_writer, lambda data: _count_request(counter, data)))
-                group.create_task(_pass_on(far_reader, writer, lambda data: _count_reply(counter, data)))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(_pass_on(reader, far_writer, _counts_requests(counter)))
+                    group.create_task(_pass_on(far_reader, writer, _counts_replies(counter)))
+            finally:
+                far_writer.transport.abort()
+                writer.transport.abort()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=_CHUNK)
         counter.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
@@ -57,9 +104,7 @@ def counting(endpoint: str) -> Iterator[Counter]:
 
     def run() -> None:
         loop.run_until_complete(relay())
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(_end_connections())
         loop.close()
 
     thread = threading.Thread(target=run, daemon=True)
@@ -72,19 +117,38 @@ def counting(endpoint: str) -> Iterator[Counter]:
         thread.join(timeout=10)
 
 
-async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: object) -> None:
+async def _end_connections() -> None:
+    connections = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in connections:
+        task.cancel()
+    await asyncio.gather(*connections, return_exceptions=True)
+    await asyncio.sleep(0)  # for transports to let go of their sockets
+
+
+async def _pass_on(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[bytes], None]
+) -> None:
     with contextlib.suppress(ConnectionError):
         while data := await reader.read(_CHUNK):
-            count(data)  # type: ignore[operator]
+            count(data)
             writer.write(data)
             await writer.drain()
     with contextlib.suppress(ConnectionError):
         writer.close()
 
 
-def _count_request(counter: Counter, data: bytes) -> None:
-    counter.requests += data.startswith(_REQUESTS)
+def _counts_requests(counter: Counter) -> Callable[[bytes], None]:
+    parser = RequestParser()
+
+    def count(data: bytes) -> None:
+        counter.sent += len(data)
+        counter.methods.update(parser.feed(data))
+
+    return count
 
 
-def _count_reply(counter: Counter, data: bytes) -> None:
-    counter.nbytes += len(data)
+def _counts_replies(counter: Counter) -> Callable[[bytes], None]:
+    def count(data: bytes) -> None:
+        counter.received += len(data)
+
+    return count

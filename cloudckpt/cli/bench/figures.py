@@ -3,7 +3,7 @@
 Law: pure; figures of one round are only ever compared with figures of the same round.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -51,6 +51,23 @@ class Figure:
         if self.cost.rss_peak is None or self.rss_baseline is None:
             return None
         return self.cost.rss_peak - self.rss_baseline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What one operation asked of the server, counted in front of it in a pass that is not timed.
+
+    Attributes:
+        requests: by method; ``PART`` is a PUT of a part.
+        sent, received: bytes to the server and from it, headers included.
+    """
+
+    workload: str
+    contender: str
+    operation: Operation
+    requests: Mapping[str, int]
+    sent: int
+    received: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,8 +19,9 @@ import cloudckpt
 from cloudckpt.array import Array
 from cloudckpt.checkpoint import Checkpoint
 from cloudckpt.cli.bench import ranks
-from cloudckpt.cli.bench.contenders import Cloudckpt, Contender, Fsspec
+from cloudckpt.cli.bench.contenders import Cloudckpt, Contender
 from cloudckpt.cli.bench.counter import Counter, counting
+from cloudckpt.cli.bench.peers import Fsspec
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.url import StoreOptions
@@ -157,7 +158,7 @@ def _load_by_fsspec(state: dict[str, Any], url: str, endpoint: str | None, style
 def _count(counter: Counter, action: Callable[[], object]) -> int:
     counter.reset()
     action()
-    return counter.nbytes
+    return counter.received
 
 
 def _meshes(url: str, counter: Counter) -> Iterator[Fetched]:
@@ -175,7 +176,7 @@ def _meshes(url: str, counter: Counter) -> Iterator[Fetched]:
             _tell(f"{case}: {by} loads what {saved_by} saved")
             counter.reset()
             _run_ranks(after, counter.url, ("load", f"{root}-{saved_by}"), by, axis)
-            found[by, saved_by] = counter.nbytes / needed
+            found[by, saved_by] = counter.received / needed
         yield Fetched(
             case=case,
             needed=needed,

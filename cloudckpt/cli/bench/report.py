@@ -3,7 +3,8 @@
 Law: shows what others worked out; the only file that writes to stdout.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,8 @@ from rich.table import Table
 from cloudckpt.cli.bench import claims
 from cloudckpt.cli.bench.claims import Claim
 from cloudckpt.cli.bench.contenders import OUR_KINDS, OURS, OURS_ON_STOCK
-from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, compare, summarize
+from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, Traffic, compare, summarize
+from cloudckpt.cli.bench.null_server import CLOUD
 from cloudckpt.cli.bench.partial import Fetched, Slice, Way
 from cloudckpt.cli.bench.session import Results
 from cloudckpt.cli.bench.sizes import spelled
@@ -25,13 +27,13 @@ from cloudckpt.engine.write import WriteOptions
 
 def show(results: Results) -> None:
     """Prints the tables and the claims to stdout."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     machine = results.machine
     console.print(f"{machine.cpu}, {machine.cores} cores, Python {machine.python}")
     if results.weights:
         console.print(_weights_table(results.weights))
     for workload in results.workloads.values():
-        console.print(_figures_table(workload, _summaries(results, workload)))
+        console.print(_figures_table(workload, summaries_of(results, workload), _traffic(results, workload)))
         ratios = _ratios(results, workload)
         if ratios:
             console.print(_ratios_table(workload, ratios))
@@ -48,13 +50,15 @@ def as_json(results: Results) -> dict[str, Any]:
     """Everything: each figure as it was measured, and all that was worked out from them."""
     return {
         "url": results.url,
+        "server": results.server,
         "machine": asdict(results.machine),
         "contenders": {name: contender.settings() for name, contender in results.contenders.items()},
         "workloads": {
             name: {
                 **asdict(workload),
                 "figures": [{**asdict(f), "rss_growth": f.rss_growth} for f in results.figures if f.workload == name],
-                "summaries": [asdict(summary) for summary in _summaries(results, workload)],
+                "summaries": [asdict(summary) for summary in summaries_of(results, workload)],
+                "traffic": [asdict(traffic) for traffic in _traffic(results, workload).values()],
                 "ratios": [asdict(ratio) for ratio in _ratios(results, workload)],
             }
             for name, workload in results.workloads.items()
@@ -66,7 +70,12 @@ def as_json(results: Results) -> dict[str, Any]:
     }
 
 
-def _summaries(results: Results, workload: Workload) -> list[Summary]:
+def _traffic(results: Results, workload: Workload) -> dict[tuple[str, Operation], Traffic]:
+    return {(t.contender, t.operation): t for t in results.traffic if t.workload == workload.name}
+
+
+def summaries_of(results: Results, workload: Workload) -> list[Summary]:
+    """The medians of everybody who was measured with it, saves first."""
     names = results.contenders_of(workload.name)
     return [summarize(results.figures, workload.name, name, operation) for operation in OPERATIONS for name in names]
 
@@ -89,12 +98,38 @@ def _claims(results: Results) -> list[Claim]:
         found += claims.about_partial(results.partial)
     budget = {"save": WriteOptions().max_inflight_nbytes, "load": ReadOptions().max_inflight_nbytes}
     for workload in results.workloads.values():
-        found += claims.about_speed(
-            workload.name, _ratios(results, workload), results.least_load_speed(workload.name)
-        )
-        for summary in _summaries(results, workload):
+        found += _speed_claims(results, workload)
+        for summary in summaries_of(results, workload):
             if summary.contender in OUR_KINDS:
                 found += claims.about_memory(workload.name, [summary], budget[summary.operation])
+    return found
+
+
+def _speed_claims(results: Results, workload: Workload) -> list[Claim]:
+    name, ratios = workload.name, _ratios(results, workload)
+    if name == "stock":
+        return claims.about_stock(name, ratios)
+    if name == "small":
+        return _small_claims(results)
+    if name != "bf16-128":
+        return []
+    if results.server is None:
+        return claims.about_peers(name, ratios)
+    if results.server == "cloud":
+        ours = [summary for summary in summaries_of(results, workload) if summary.contender == OURS]
+        rate = CLOUD.bytes_per_s or 0.0
+        return claims.about_connections(name, workload.nbytes, ours, results.concurrency, rate)
+    return claims.about_cpu(name, results.server, ratios)
+
+
+def _small_claims(results: Results) -> list[Claim]:
+    found = []
+    counted = _traffic(results, results.workloads["small"]).get((OURS, "save"))
+    if counted is not None:
+        found.append(claims.about_small_requests("small", counted))
+    if all(OURS in results.contenders_of(name) for name in ("small", "small-as-one")):
+        loads = [summarize(results.figures, name, OURS, "load") for name in ("small", "small-as-one")]
+        found.append(claims.about_small_loads("small", *loads))
     return found
 
 
@@ -148,19 +183,30 @@ def _slices_table(figures: Sequence[Slice]) -> Table:
     return table
 
 
-def _figures_table(workload: Workload, summaries: list[Summary]) -> Table:
-    size = f"{spelled(workload.nbytes)} of bf16 in {workload.tensors} tensor{'s' * (workload.tensors > 1)}"
+def _figures_table(
+    workload: Workload, summaries: list[Summary], traffic: Mapping[tuple[str, Operation], Traffic]
+) -> Table:
     rounds = f"median of {workload.rounds} rounds" if workload.rounds > 1 else "one round"
-    table = Table(title=f"{workload.name}: {size}, {rounds}", title_justify="left")
+    title = f"{workload.name}: {spelled(workload.nbytes)}, {workload.description}, {rounds}"
+    table = Table(title=title, title_justify="left")
     for name in ("operation", "contender"):
         table.add_column(name)
-    for name in ("wall s", "CPU s", "MiB/s", "peak memory MiB"):
+    for name in ("wall s", "CPU s", "MiB/s", "peak memory MiB", "MiB sent", "MiB received"):
         table.add_column(name, justify="right")
+    table.add_column("requests")
     for s in summaries:
         growth = "-" if s.rss_growth is None else f"{s.rss_growth / (1 << 20):.0f}"
         rate = f"{workload.nbytes / (1 << 20) / s.wall_s:.0f}"
-        table.add_row(s.operation, s.contender, f"{s.wall_s:.2f}", f"{s.cpu_s:.2f}", rate, growth)
+        counted = _counted(traffic.get((s.contender, s.operation)))
+        table.add_row(s.operation, s.contender, f"{s.wall_s:.2f}", f"{s.cpu_s:.2f}", rate, growth, *counted)
     return table
+
+
+def _counted(traffic: Traffic | None) -> tuple[str, str, str]:
+    if traffic is None:
+        return "-", "-", "-"
+    requests = ", ".join(f"{count} {method}" for method, count in sorted(traffic.requests.items()))
+    return f"{traffic.sent / (1 << 20):.2f}", f"{traffic.received / (1 << 20):.2f}", requests or "none"
 
 
 def _ratios_table(workload: Workload, ratios: list[Ratio]) -> Table:

@@ -3,15 +3,17 @@
 Law: order and bookkeeping only; what an operation is, and what it costs, is the worker's.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from secrets import token_hex
 from typing import Protocol
 
 import click
 
 from cloudckpt.cli.bench.contenders import Contender
-from cloudckpt.cli.bench.figures import OPERATIONS, Figure
+from cloudckpt.cli.bench.counter import counting
+from cloudckpt.cli.bench.figures import OPERATIONS, Figure, Traffic
 from cloudckpt.cli.bench.worker import Worker
 from cloudckpt.cli.bench.workloads import Workload
 
@@ -41,6 +43,45 @@ def run(workload: Workload, contenders: Sequence[Contender], url: str, place: Re
         for round_ in range(first, workload.rounds + 1):
             yield from _round(round_, workload, workers, url, place, is_verified=round_ == first)
             workers.reverse()
+
+
+def count(
+    workload: Workload, contenders: Sequence[Contender], url: str, place: Removes, endpoint: str
+) -> Iterator[Traffic]:
+    """Has each contender save and load once through a relay in front of ``endpoint``, and yields what it counted."""
+    with counting(endpoint) as counter, _leading_to(counter.url):
+        for contender in contenders:
+            click.echo(f"{workload.name}: counting requests of {contender.name}", err=True)
+            name = token_hex(8)
+            with Worker(contender, workload, f"{url}/{name}") as worker:
+                for operation in OPERATIONS:
+                    counter.reset()
+                    worker.measure(operation, f"{url}/{name}/counted", is_verified=False)
+                    yield Traffic(
+                        workload=workload.name,
+                        contender=contender.name,
+                        operation=operation,
+                        requests=dict(counter.methods),
+                        sent=counter.sent,
+                        received=counter.received,
+                    )
+            place.remove(name)
+
+
+@contextmanager
+def _leading_to(endpoint: str) -> Iterator[None]:
+    """AWS's variables lead processes that are started meanwhile to another endpoint."""
+    names = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, endpoint))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _round(

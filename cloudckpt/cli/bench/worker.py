@@ -6,7 +6,8 @@ Law: nothing is measured before libraries are imported, connections made and the
 import gc
 import traceback
 import warnings
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -15,7 +16,7 @@ from typing import Any, Self
 import click
 
 from cloudckpt.cli.bench import meter, workloads
-from cloudckpt.cli.bench.contenders import Contender
+from cloudckpt.cli.bench.contenders import Contender, Prepares
 from cloudckpt.cli.bench.figures import Cost, Operation
 from cloudckpt.cli.bench.workloads import State, Workload
 
@@ -90,7 +91,7 @@ def _serve(pipe: "Connection[Any, Any]", contender: Contender, workload: Workloa
     warnings.simplefilter("ignore")
     try:
         _set_up(contender, workload, url)
-        state = workloads.make_state(workload)
+        state = workloads.make_state(workload, is_flat=contender.is_raw)
         fingerprint = workloads.fingerprint(state)
         gc.collect()
         pipe.send(meter.resident())
@@ -101,15 +102,27 @@ def _serve(pipe: "Connection[Any, Any]", contender: Contender, workload: Workloa
         return
     except BaseException:
         pipe.send(_Failure(traceback.format_exc()))
+    finally:
+        if isinstance(contender, Prepares):
+            with suppress(Exception):
+                contender.close()
 
 
 def _set_up(contender: Contender, workload: Workload, url: str) -> None:
-    small = workloads.make_state(replace(workload, nbytes=2048, tensors=1))
+    small = workloads.make_state(workloads.small(workload), is_flat=contender.is_raw)
+    _prepare("save", contender, small, url)
     contender.save(small, url)
+    _prepare("load", contender, small, url)
     contender.load(small, url)
 
 
-def _carry_out(order: _Order, contender: Contender, state: State, fingerprint: dict[str, int]) -> Cost:
+def _prepare(operation: Operation, contender: Contender, state: State, url: str) -> None:
+    if isinstance(contender, Prepares):
+        contender.prepare(operation, state, url)
+
+
+def _carry_out(order: _Order, contender: Contender, state: State, fingerprint: list[int]) -> Cost:
+    _prepare(order.operation, contender, state, order.url)
     gc.collect()
     if order.operation == "save":
         return meter.cost_of(lambda: contender.save(state, order.url))
