@@ -42,13 +42,19 @@ def test_none_is_late_as_long_as_little_is_known():
 
 
 def test_one_slow_peer_changes_little():
-    assert tails_of(*[2] * 8, 1000).repeats(0, 8.1)
+    assert tails_of(*[2] * 15, 1000).repeats(0, 8.1)
+
+
+def test_where_peers_differ_much_none_is_late_before_twice_what_nine_of_ten_take():
+    seconds = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10] * 4
+    assert not tails_of(*seconds, factor=1).repeats(0, 19.9)
+    assert tails_of(*seconds, factor=1).repeats(0, 20.1)
 
 
 def test_a_larger_request_may_take_longer():
-    tails = tails_of(*[1] * 8, nbytes=1 << 20)
-    assert not tails.repeats(63 << 20, 127)
-    assert tails.repeats(63 << 20, 129)
+    tails = tails_of(*[1] * 8, nbytes=8 << 20)
+    assert not tails.repeats(56 << 20, 15.9)
+    assert tails.repeats(56 << 20, 16.1)
 
 
 def test_what_took_long_ago_is_forgotten():

@@ -28,6 +28,7 @@ LEAST_PART_SIZE = 8 << 20
 """Objects are cut in parts that are no smaller (unless asked for): each costs a millisecond of CPU."""
 
 _MIB = 1 << 20
+_PART_UNIT = 64 << 10
 FRAME_ALIGNMENT = 16
 """Bytes of the widest element: frames of a shard with extensions begin at multiples of it."""
 
@@ -276,7 +277,7 @@ def _header_cost(item: Item) -> int:
 
 def part_size_for(size: int, *, most: int, ways: int) -> int:
     """The size of all parts but the last of an object of ``size`` bytes: even ones, within what S3 allows."""
-    even = balanced_size(size, most=most, ways=ways, least=LEAST_PART_SIZE, unit=_MIB)
+    even = balanced_size(size, most=most, ways=ways, least=LEAST_PART_SIZE, unit=_PART_UNIT)
     return max(even, MIN_PART_SIZE, -(-size // (MAX_PARTS * _MIB)) * _MIB)
 
 

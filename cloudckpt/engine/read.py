@@ -56,7 +56,7 @@ class ReadOptions:
     max_request_size: int = 64 << 20
     max_gap: int = 256 << 10
     max_inflight_nbytes: int = 256 << 20
-    concurrency: int = 64
+    concurrency: int = 32
     cast: bool = True
     unsafe_pickle: bool = False
     registry: ExtensionRegistry | None = None

@@ -56,7 +56,7 @@ class WriteOptions:
     part_size: int = 64 << 20
     frame_size: int = 4 << 20
     max_inflight_nbytes: int = 256 << 20
-    concurrency: int = 64
+    concurrency: int = 32
     overwrite: bool = False
     commit_deadline_s: float = 120
     extensions: Extensions = ()

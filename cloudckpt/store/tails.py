@@ -4,13 +4,14 @@ Law: pure but for the clock's readings that it is given.
 """
 
 from collections import deque
-from statistics import median
 
 _REMEMBERED = 64
 _LEAST_KNOWN = 8
 """Requests that must have been answered before one is called late."""
-_REQUEST_NBYTES = 1 << 20
-"""Bytes that take about as long as the rest of a request, so that small and large ones can be compared."""
+_REQUEST_NBYTES = 8 << 20
+"""Counted beside the bytes of each request, so that small ones, which wait like others on a busy server, and large ones
+can be compared."""
+_TIMES_NINE_OF_TEN = 2
 _LEAST_REPEATS = 2
 
 
@@ -21,7 +22,8 @@ class Tails:
         """Takes what makes a request late.
 
         Args:
-            factor: times what its peers take, by the median of the last of them.
+            factor: times what its peers take, by the median of the last of them; where those differ much, as on a
+                server that is busy, it is not late either before twice what nine of ten take.
             least_s: none is late before.
             share: of all requests that may be sent again, beside the first two.
         """
@@ -41,8 +43,11 @@ class Tails:
         """Whether a request that is under way for so long is to be sent again, which is taken note of."""
         if seconds < self._least_s or len(self._s_per_byte) < _LEAST_KNOWN:
             return False
-        expected_s = median(self._s_per_byte) * (nbytes + _REQUEST_NBYTES)
-        if seconds < self._factor * expected_s or self._repeats >= _LEAST_REPEATS + self._share * self._answered:
+        known = sorted(self._s_per_byte)
+        usual = max(self._factor * known[len(known) // 2], _TIMES_NINE_OF_TEN * known[len(known) * 9 // 10])
+        if seconds < usual * (nbytes + _REQUEST_NBYTES):
+            return False
+        if self._repeats >= _LEAST_REPEATS + self._share * self._answered:
             return False
         self._repeats += 1
         return True
