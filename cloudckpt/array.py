@@ -154,7 +154,7 @@ class Array:
     def _read(self, into: Iterable[tuple[Region, Target]]) -> None:
         found = [(ask, place, target) for region, target in into for ask, place in self._parts(region)]
         asks = [ask for ask, _, _ in found]
-        self._access.read(asks, lambda located: [self._wanted(*part, located) for part in found])
+        self._access.read(lambda: asks, lambda located: [self._wanted(*part, located) for part in found])
 
     def _parts(self, region: Region) -> Iterator[tuple[Ask, Region]]:
         """What each chunk holds of a rectangle, and where it stands in that."""

@@ -175,7 +175,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
                 region, sink = Region((at.start,), (len(at),)), MemorySink(into, at.start)
                 found = self._bytes_entry(key)
                 self._access.read(
-                    [Ask(key, found, region)],
+                    lambda: [Ask(key, found, region)],
                     lambda located: [Wanted(repr(key), located.read_bytes(key, found, region), sink)],
                 )
 
@@ -250,7 +250,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         arrays = {name: Array(self._access, key, self._tensor_entry(key)) for name, key in keys.items()}
         targets = {name: _target(into[name], array, self._access.options) for name, array in arrays.items()}
         self._access.read(
-            [ask for array in arrays.values() for ask in array.asks()],
+            lambda: [ask for array in arrays.values() for ask in array.asks()],
             lambda located: [w for name, array in arrays.items() for w in array.wanted(targets[name], located)],
         )
 

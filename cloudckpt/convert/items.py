@@ -3,7 +3,7 @@
 Law: a format's own file says where its items lie; here is what all of them have in common. Async only in `locate`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Protocol
@@ -143,7 +143,7 @@ class ForeignContents:
         assert isinstance(entry, TensorEntry | BytesEntry | ValueEntry)  # noqa: S101 - for the type checker
         return entry
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> "_Located":
+    async def locate(self, store: Get, asks: Iterable[Ask], options: ReadOptions, stats: Stats) -> "_Located":
         """See `Contents.locate`.
 
         Of items that are alike, all of which are wanted whole, one is looked at. Where the others lie is guessed from

@@ -4,7 +4,7 @@ Law: translates; holds what the plan's items are received into until all of it h
 """
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -47,16 +47,14 @@ class Loading:
         self._tensors: list[tuple[ReadItem, torch.Tensor]] = []
         self._strings: list[tuple[ReadItem, memoryview]] = []
 
-    def asks(self) -> list[Ask]:
+    def asks(self) -> Iterator[Ask]:
         """For all that is to be read."""
-        asks = []
         for item, key in self._items:
             entry = self._contents.entry(key)
             if isinstance(entry, TensorEntry):
-                asks.append(Ask(key, _find_chunk(entry, item), _region(item)))
+                yield Ask(key, _find_chunk(entry, item), _region(item))
             elif isinstance(entry, BytesEntry):
-                asks.append(Ask(key, entry, Region((0,), (entry.nbytes,))))
-        return asks
+                yield Ask(key, entry, Region((0,), (entry.nbytes,)))
 
     def build(self, located: Located) -> list[Wanted]:
         """Makes the reads.

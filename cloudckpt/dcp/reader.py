@@ -185,7 +185,7 @@ class ObjectStoreReader(StorageReader):
     def _load(self, plan: LoadPlan, planner: LoadPlanner, access: Access) -> None:
         loading = Loading(plan, planner, access.contents, self._keys, self._options)
         try:
-            access.read(loading.asks(), loading.build)
+            access.read(loading.asks, loading.build)
         except (IntegrityError, StoreError) as e:
             e.add_note("the tensors that were being loaded into are undefined now; load again before using them")
             raise

@@ -115,6 +115,8 @@ def _copy_flat(tensor: torch.Tensor, at: Range, out: torch.Tensor) -> None:
 class TensorSink:
     """A destination that is a tensor (or a view of one), of the size of the region that it receives."""
 
+    __slots__ = ("_origin", "_stored", "_strides", "memory", "tensor")
+
     def __init__(
         self, tensor: torch.Tensor, stored: torch.dtype, chunk_shape: tuple[int, ...], region: Region
     ) -> None:

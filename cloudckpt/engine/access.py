@@ -3,7 +3,7 @@
 Law: holds what reading needs, and decides nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Self
 
@@ -42,11 +42,11 @@ class Access:
         """See `Session.close`."""
         self._session.close()
 
-    def read(self, asks: Sequence[Ask], build: Callable[[Located], Sequence[Wanted]]) -> None:
+    def read(self, asks: Callable[[], Iterable[Ask]], build: Callable[[Located], Sequence[Wanted]]) -> None:
         """Finds out where what is asked for lies, and reads it.
 
         Args:
-            asks: for everything that is to be read.
+            asks: gives what is to be read, each time that it has to be located.
             build: makes the reads; is called again if they were made by a wrong guess.
 
         Raises:
@@ -54,10 +54,10 @@ class Access:
         """
         is_proven = False
         while not is_proven:
-            located = self.locate(asks)
+            located = self.locate(asks())
             is_proven = self._session.run(partial(self._read, located, build(located)))
 
-    def locate(self, asks: Sequence[Ask]) -> Located:
+    def locate(self, asks: Iterable[Ask]) -> Located:
         """See `Contents.locate`."""
         return self._session.run(lambda store: self.contents.locate(store, asks, self.options, self.stats))
 

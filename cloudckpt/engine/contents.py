@@ -3,7 +3,7 @@
 Law: contracts only. Everything above reads through these and does not ask for the format.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -96,7 +96,7 @@ class Contents(Protocol):
         """See the class."""
         ...
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> Located:
+    async def locate(self, store: Get, asks: Iterable[Ask], options: ReadOptions, stats: Stats) -> Located:
         """Learns where what is asked for lies.
 
         Raises:

@@ -4,7 +4,7 @@ Law: no I/O but a key service's. What a manifest claims of an entry is checked h
 from it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from math import prod
@@ -79,7 +79,7 @@ class Locator:
         """See `Contents.summary`."""
         return self._manifest.summary
 
-    async def locate(self, store: Get, asks: Sequence[Ask], options: ReadOptions, stats: Stats) -> Located:
+    async def locate(self, store: Get, asks: Iterable[Ask], options: ReadOptions, stats: Stats) -> Located:
         """See `Contents.locate`: the manifest says where everything lies."""
         del store, asks, options, stats
         return self

@@ -9,7 +9,7 @@ _REMEMBERED = 64
 _LEAST_KNOWN = 8
 """Requests that must have been answered before one is called late."""
 _REQUEST_NBYTES = 8 << 20
-"""Counted beside the bytes of each request, so that small ones, which wait like others on a busy server, and large ones
+"""Counted beside the bytes of each request: small ones wait like others on a busy server. So small and large ones
 can be compared."""
 _TIMES_NINE_OF_TEN = 2
 _LEAST_REPEATS = 2

@@ -13,7 +13,7 @@ from cloudckpt.cli.bench.weights import NAME as WEIGHTS
 from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
 from cloudckpt.cli.bench.workloads import RAW
 
-LEAST_LOAD_SPEED = {"fsspec": 6.0, "fsspec-8": 4.0, "s3torchconnector": 2.0}
+LEAST_LOAD_SPEED = {"fsspec": 6.0, "fsspec-default": 6.0, "fsspec-8": 4.0, "s3torchconnector": 2.0}
 MOST_SAVE_CPU = {"fsspec": 0.25, "fsspec-8": 0.25, "s3torchconnector": 0.5}
 """Of a peer's client CPU."""
 LEAST_OF_RAW_SPEED = 0.9

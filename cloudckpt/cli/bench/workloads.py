@@ -67,7 +67,7 @@ PEERS = ("fsspec", "fsspec-8", "s3torchconnector")
 def all_workloads(*, size: int, tensors: int, one_tensor_size: int, rounds: int) -> dict[str, Workload]:
     """Every workload by its name."""
     small = 10_000 * 4096
-    everyone = ("cloudckpt", *PEERS, "filesystem", *RAW)
+    everyone = ("cloudckpt", *PEERS, "fsspec-default", "filesystem", *RAW)
     few = ("cloudckpt", "fsspec", "s3torchconnector", "raw-sockets")  # each of them keeps all of it in memory
     known = [
         Workload(name="bf16-128", nbytes=size, tensors=tensors, rounds=rounds, contenders=everyone),
