@@ -40,7 +40,8 @@ class Loading:
             keys: of the checkpoint, by the names that DCP knows its entries under.
             options: how to read.
         """
-        self._items = [(item, keys[item.storage_index.fqn]) for item in plan.items]
+        self._items = plan.items
+        self._keys = keys
         self._planner = planner
         self._contents = contents
         self._options = options
@@ -49,7 +50,8 @@ class Loading:
 
     def asks(self) -> Iterator[Ask]:
         """For all that is to be read."""
-        for item, key in self._items:
+        for item in self._items:
+            key = self._keys[item.storage_index.fqn]
             entry = self._contents.entry(key)
             if isinstance(entry, TensorEntry):
                 yield Ask(key, _find_chunk(entry, item), _region(item))
@@ -64,7 +66,8 @@ class Loading:
         """
         self._tensors, self._strings = [], []
         found = []
-        for item, key in self._items:
+        for item in self._items:
+            key = self._keys[item.storage_index.fqn]
             if item.type == LoadItemType.TENSOR:
                 wanted = self._tensor(item, key, located)
             else:
@@ -107,7 +110,7 @@ class Loading:
         if not region.numel:
             return None
         sink = TensorSink(resolved, stored, chunk.sizes, region)
-        read = located.read_chunk(key, entry, chunk, region, is_direct=sink.memory is not None)
+        read = located.read_chunk(key, entry, chunk, region, is_direct=sink.is_direct)
         return Wanted(repr(key), read, sink)
 
     def _string(self, item: ReadItem, key: str, located: Located) -> Wanted | None:

@@ -38,9 +38,14 @@ def storable(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg()
 
 
+def lies_in_order(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's bytes are in host memory, in row-major order."""
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview | None:
     """The bytes of a tensor in host memory that lie in row-major order; None where they do not."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+    if not lies_in_order(tensor):
         return None
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
@@ -115,7 +120,7 @@ def _copy_flat(tensor: torch.Tensor, at: Range, out: torch.Tensor) -> None:
 class TensorSink:
     """A destination that is a tensor (or a view of one), of the size of the region that it receives."""
 
-    __slots__ = ("_origin", "_stored", "_strides", "memory", "tensor")
+    __slots__ = ("_chunk_shape", "_origin", "_stored", "_tensor", "is_direct")
 
     def __init__(
         self, tensor: torch.Tensor, stored: torch.dtype, chunk_shape: tuple[int, ...], region: Region
@@ -128,15 +133,20 @@ class TensorSink:
             chunk_shape: elements per axis of the chunk that the region is cut from.
             region: counted from the chunk's first element.
         """
-        self.tensor = tensor.detach()
-        self.memory = memory_of(self.tensor) if self.tensor.dtype == stored else None
+        self.is_direct = tensor.dtype == stored and lies_in_order(tensor)
+        self._tensor = tensor
         self._stored = stored
-        self._strides = strides_of(chunk_shape, 1)
+        self._chunk_shape = chunk_shape
         self._origin = region.offsets
+
+    @property
+    def memory(self) -> memoryview | None:
+        """See `Sink.memory`; made anew each time, so that a load of many small tensors does not keep it of all."""
+        return memory_of(self._tensor) if self.is_direct else None
 
     def place(self, region: Region, data: memoryview) -> None:
         """See `Sink.place`."""
-        out = self.tensor
+        out = self._tensor.detach()
         inside = region.relative_to(self._origin)
         for axis, (start, size) in enumerate(zip(inside.offsets, inside.sizes, strict=True)):
             out = out.narrow(axis, start, size)
@@ -145,7 +155,7 @@ class TensorSink:
         if data.readonly or _address_of(data) % dtype.itemsize:
             # torch warns of read-only memory, and dies of complex128 that is not aligned
             data = memoryview(bytearray(data))
-        rows = torch.frombuffer(data, dtype=dtype).as_strided(region.sizes, self._strides)
+        rows = torch.frombuffer(data, dtype=dtype).as_strided(region.sizes, strides_of(self._chunk_shape, 1))
         (out.view(dtype) if same else out).copy_(rows)
 
 
