@@ -260,3 +260,14 @@ def test_a_pool_keeps_no_more_than_its_limit():
         pool.give(buffer)
     again = [pool.take(100 * KIB) for _ in range(4)]
     assert sum(any(a is b for b in buffers) for a in again) == 2
+
+
+def test_what_is_kept_and_what_is_out_never_exceed_the_limit():
+    pool = BufferPool(400 * KIB)
+    small = [pool.take(100 * KIB) for _ in range(4)]
+    for buffer in small:
+        pool.give(buffer)
+    large = pool.take(300 * KIB)
+    assert len(large) == 300 * KIB
+    again = [pool.take(100 * KIB) for _ in range(2)]
+    assert sum(any(a is b for b in small) for a in again) == 1  # the others had to make room

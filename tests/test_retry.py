@@ -1,5 +1,7 @@
 """What is asked again, and what is not."""
 
+import asyncio
+
 import pytest
 from awscrt.checksums import crc32c
 
@@ -300,3 +302,15 @@ async def test_listings_and_names_are_those_of_the_store_within():
     assert [o.key async for o in store.list_objects("a/")] == ["a/b"]
     assert [n async for n in store.list_names()] == ["a"]
     assert [u.key async for u in store.list_uploads("a/")] == ["a/c"]
+
+
+async def test_waiting_for_a_turn_takes_nothing_from_the_deadline():
+    flaky, under_way = await prepared("put_part", [StoreUnavailableError("reset")])
+    options = RetryOptions(retry_base_s=0, retry_cap_s=0, retry_deadline_s=0.2)
+    traffic = Traffic(TrafficOptions(first_concurrency=1), most=1)
+    store = RetryingStore(flaky, options, traffic)
+    before = asyncio.ensure_future(traffic.send("another", 1, lambda: asyncio.sleep(0.4)))  # longer than the deadline
+    await asyncio.sleep(0)
+    await CALLS["put_part"](store, under_way)
+    assert flaky.asked() == 2
+    await before

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from cloudckpt.errors import UsageError
 from cloudckpt.store.s3_clients import close_kept, s3_client
 from cloudckpt.store.s3_options import S3Options
 
@@ -66,3 +67,9 @@ async def test_no_more_are_kept_than_a_few():
     for port in range(11, 25):
         await use(S3Options(endpoint_url=f"http://127.0.0.1:{port}", access_key_id="a", secret_access_key="b"))
     assert await use() is not first
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_limit_that_lets_nothing_through_is_refused(count):
+    with pytest.raises(UsageError, match="max_connections"):
+        S3Options(max_connections=count)

@@ -258,6 +258,29 @@ async def test_a_part_is_sent_again_once_only():
     assert len(calls) == 2
 
 
+async def test_spares_take_no_more_memory_at_a_time_than_their_limit():
+    nbytes = 40 << 20
+    memory = MemoryStore("tests", "", Bucket())
+    traffic = await known(Traffic(SOON, most=8), memory)
+    for _ in range(200):
+        traffic._gets.answered(nbytes, 0.001)
+    release, out = asyncio.Event(), memoryview(bytearray(nbytes))
+    begun = 0
+
+    class Stalled(WrappedStore):
+        async def get_range(self, key, at, into):
+            nonlocal begun
+            begun += 1
+            await release.wait()
+
+    gets = [asyncio.ensure_future(traffic.get_range(Stalled(memory), "k", Range(0, nbytes), [out])) for _ in range(8)]
+    await asyncio.sleep(0.3)  # long enough for all to be late
+    assert begun == 8 + (128 << 20) // nbytes
+    release.set()
+    await asyncio.gather(*gets)
+    assert traffic._spare_nbytes == 0
+
+
 async def test_without_lateness_nothing_is_sent_twice():
     memory = MemoryStore("tests", "", Bucket())
     never = TrafficOptions(late_least_s=0.001, late_factor=math.inf)

@@ -190,3 +190,19 @@ async def test_one_that_is_cancelled_gives_its_place_to_the_next():
     await third
     assert first.cancelled()
     assert second.cancelled()
+
+
+async def test_after_a_refusal_free_places_are_not_taken_either():
+    server = Server(each=10, capacity=10000)
+    window = window_of(server, start=16)
+
+    async def refuse():
+        msg = "SlowDown"
+        raise ThrottledError(msg)
+
+    for _ in range(3):
+        with pytest.raises(ThrottledError):
+            await window.run(1, refuse)
+    assert window.limit == 2
+    await move(server, window, 30)
+    assert server.most <= 3

@@ -292,7 +292,7 @@ def test_shards_of_one_put_share_the_budget_too():
         {"part_size": MIN_PART_SIZE - 1},
         {"frame_size": 4095},
         {"frame_size": (1 << 30) + 1},
-        {"max_inflight_nbytes": (32 << 20) - 1},
+        {"max_inflight_nbytes": MIN_PART_SIZE - 1},
         {"concurrency": 0},
     ],
     ids=str,

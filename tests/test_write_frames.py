@@ -167,7 +167,7 @@ def test_shards_are_filled_up_to_their_limit():
 
 
 def test_an_item_that_no_shard_can_hold_is_refused_by_name():
-    with pytest.raises(UsageError, match=r"'x1'.*part_size"):
+    with pytest.raises(UsageError, match=r"'x1'.*split it"):
         plans_of(items_of([b"a", bytes(101)]), max_size=100)
 
 
@@ -412,3 +412,30 @@ def test_frames_are_not_transformed_further_ahead_than_the_budget_allows():
     with pytest.raises(TimeoutError):
         write_all(data, CHAINS["zstd"], source=Counting, store=Stuck(MemoryStore("tests", "", Bucket())))
     assert 2 * MIN_PART_SIZE < sum(staged) <= OPTIONS.max_inflight_nbytes
+
+
+@pytest.mark.parametrize("limit", [80 * MIB, 128 * MIB])
+def test_plain_parts_that_take_memory_and_frames_that_wait_do_not_hold_each_other_up(limit):
+    class Copied(BytesSource):
+        def scratch_nbytes(self, at):
+            return len(at)
+
+        def stage(self, at, scratch):
+            scratch[: len(at)] = super().stage(at, scratch)
+            return scratch[: len(at)]
+
+    options = WriteOptions(
+        part_size=256 * MIB,
+        frame_size=MIB,
+        max_inflight_nbytes=limit,
+        concurrency=1,
+        extensions={"a*": [Rot13()], "*": []},
+    )
+    data = [bytes(40 * MIB), bytes(2 * limit)]
+    items, tokens = items_of(data), count()
+    plans = [
+        *plain_plans_of(items, [1], tokens),
+        *plans_of(items, CHAINS["rot13"], [0], tokens=tokens, frame_size=MIB),
+    ]
+    shards = write(MemoryStore("tests", "", Bucket()), plans, items, [Copied(d) for d in data], options)
+    assert [w.shard.size > 30 * MIB for w in shards] == [True, True]

@@ -100,18 +100,28 @@ class BufferPool:
         """Makes an empty pool, which keeps at most ``limit`` bytes; buffers are made when they are first needed."""
         self._limit = limit
         self._kept = 0
+        self._out = 0
         self._free: list[memoryview] = []
 
     def take(self, nbytes: int) -> memoryview:
         """A buffer of at least ``nbytes`` and less than twice that, contents undefined."""
+        self._out += nbytes
         for i, buffer in enumerate(self._free):
             if nbytes <= len(buffer) < 2 * nbytes:
                 self._kept -= len(buffer)
+                self._out += len(buffer) - nbytes
                 return self._free.pop(i)
+        self._make_room()
         return np.empty(nbytes, np.uint8).data if nbytes else memoryview(b"")
 
     def give(self, buffer: memoryview) -> None:
         """Takes a buffer back; a small one, or one too many, is dropped."""
-        if len(buffer) >= _LEAST_KEPT and self._kept + len(buffer) <= self._limit:
+        self._out -= len(buffer)
+        if len(buffer) >= _LEAST_KEPT:
             self._kept += len(buffer)
             self._free.append(buffer)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        while self._free and self._out + self._kept > self._limit:
+            self._kept -= len(self._free.pop(0))

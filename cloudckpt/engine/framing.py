@@ -20,6 +20,7 @@ from cloudckpt.ranges import Range, balanced_size, split
 from cloudckpt.safetensors_header import HeaderItem
 
 MIN_PART_SIZE = 5 << 20
+MAX_PART_SIZE = 5 << 30
 MAX_PARTS = 10_000
 MAX_SHARD_SIZE = 5 << 40
 """S3's limits: docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
@@ -203,7 +204,10 @@ def plan_frames(
     for i in chosen:
         nbytes = items[i].header.nbytes
         if nbytes > max_size:
-            msg = f"{items[i].header.name!r} has {nbytes} bytes, of {max_size} with extensions: raise part_size"
+            msg = (
+                f"{items[i].header.name!r} has {nbytes} bytes, and an item with extensions at most {max_size}: "
+                "split it, or save it without them"
+            )
             raise UsageError(msg)
         if not groups or nbytes > room:
             groups.append([])
@@ -278,7 +282,7 @@ def _header_cost(item: Item) -> int:
 def part_size_for(size: int, *, most: int, ways: int) -> int:
     """The size of all parts but the last of an object of ``size`` bytes: even ones, within what S3 allows."""
     even = balanced_size(size, most=most, ways=ways, least=LEAST_PART_SIZE, unit=_PART_UNIT)
-    return max(even, MIN_PART_SIZE, -(-size // (MAX_PARTS * _MIB)) * _MIB)
+    return min(MAX_PART_SIZE, max(even, MIN_PART_SIZE, -(-size // (MAX_PARTS * _MIB)) * _MIB))
 
 
 def segments(plan: ShardPlan, part: Range) -> Iterator[Segment]:

@@ -64,10 +64,10 @@ class ReadOptions:
     require_seal: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_request_size <= self.max_inflight_nbytes or self.max_gap < 0:
+        if self.max_request_size < 1 or self.max_inflight_nbytes < 1 or self.max_gap < 0:
             msg = (
-                f"max_request_size={self.max_request_size} must be positive and at most "
-                f"max_inflight_nbytes={self.max_inflight_nbytes}, max_gap={self.max_gap} at least 0"
+                f"max_request_size={self.max_request_size} and max_inflight_nbytes={self.max_inflight_nbytes} must "
+                f"be positive, max_gap={self.max_gap} at least 0"
             )
             raise UsageError(msg)
         if self.concurrency < 1:
@@ -127,7 +127,7 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     fetches = plan_fetches([w.read for w in plain], max_request_size=size(plain), max_gap=options.max_gap)
     frame_fetches = plan_frame_fetches(
         [w.framed for w in framed],
-        max_request_size=min(options.max_request_size, _FRAMES_REQUEST_SIZE),
+        max_request_size=min(options.max_request_size, options.max_inflight_nbytes, _FRAMES_REQUEST_SIZE),
         max_gap=options.max_gap,
     )
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD)
@@ -153,7 +153,8 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
 def _request_size(options: ReadOptions, wanted: Sequence[Wanted]) -> int:
     """Bytes of a ranged GET: less where they take memory, so that the budget has room for all that are under way."""
     is_placed = any(not w.read.is_direct for w in wanted)
-    share = max(2 * _LEAST_REQUEST_SIZE, options.max_inflight_nbytes // options.concurrency)
+    limit = options.max_inflight_nbytes
+    share = min(limit, max(2 * _LEAST_REQUEST_SIZE, limit // options.concurrency))
     return balanced_size(
         sum(w.read.nbytes for w in wanted),
         most=min(options.max_request_size, share) if is_placed else options.max_request_size,

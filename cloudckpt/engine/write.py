@@ -69,19 +69,24 @@ class WriteOptions:
         if not 1 << 12 <= self.frame_size <= MAX_FRAME_SIZE:
             msg = f"frame_size={self.frame_size} must lie between 4 KiB and 1 GiB"
             raise UsageError(msg)
-        if self.max_inflight_nbytes < self.part_size:
-            msg = f"max_inflight_nbytes={self.max_inflight_nbytes} cannot hold one part of {self.part_size}"
+        if self.max_inflight_nbytes < MIN_PART_SIZE:
+            msg = f"max_inflight_nbytes={self.max_inflight_nbytes} cannot hold one part of {MIN_PART_SIZE}"
             raise UsageError(msg)
         if self.concurrency < 1 or self.transform_threads < 1:
             msg = f"concurrency={self.concurrency} and transform_threads={self.transform_threads} must be at least 1"
             raise UsageError(msg)
-        if any(chain.extensions for chain in Rules(self.extensions).chains) and self._lookahead < 1:
+        if self.has_extensions and self._lookahead < 1:
             msg = (
                 f"max_inflight_nbytes={self.max_inflight_nbytes} is too little for extensions: it must hold two "
                 f"parts of part_size={self.part_size}, or of 32 MiB if that is less, and {LEAST_FRAMES} frames of "
                 f"frame_size={self.frame_size}"
             )
             raise UsageError(msg)
+
+    @property
+    def has_extensions(self) -> bool:
+        """Whether some items go through extensions."""
+        return any(chain.extensions for chain in Rules(self.extensions).chains)
 
     @property
     def frames_part_size(self) -> int:
@@ -102,7 +107,10 @@ class ShardWriter:
         """Writes to ``store``."""
         self._store = store
         self._scratch = Scratch()
-        share = max(2 * LEAST_PART_SIZE, options.max_inflight_nbytes // options.concurrency)
+        limit = options.max_inflight_nbytes
+        share = min(limit, max(2 * LEAST_PART_SIZE, limit // options.concurrency))
+        if options.has_extensions:  # a shard with them holds some of the budget while it waits behind plain parts
+            share = min(share, options.frames_part_size * 16 // 17)
         self._means = Means(
             store=store,
             budget=Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD),
@@ -135,12 +143,13 @@ class ShardWriter:
         """
         uploads = await in_thread(lambda: [self._upload(plan, items, sources) for plan in plans])
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(upload.run()) for upload in uploads]
+            async with asyncio.TaskGroup() as group:  # what takes longest first
+                order = sorted(uploads, key=lambda upload: isinstance(upload, PlainUpload))
+                tasks = {upload: group.create_task(upload.run()) for upload in order}
         except BaseException:
             await shielded(lambda: self._remove([plan.key for plan in plans]))
             raise
-        return [task.result() for task in tasks]
+        return [tasks[upload].result() for upload in uploads]
 
     def _upload(self, plan: AnyPlan, items: Sequence[Item], sources: Sequence[Source]) -> PlainUpload | FramesUpload:
         if isinstance(plan, ShardPlan):

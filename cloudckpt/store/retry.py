@@ -6,6 +6,7 @@ Law: what is retried is decided by the error's class. A conditional put is never
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ class RetryOptions:
     """How long a store is asked again.
 
     Attributes:
-        retry_deadline_s: from an operation's first request; no attempt begins after it.
+        retry_deadline_s: from an operation's first failure; no attempt begins after it.
         retry_base_s, retry_cap_s: the n-th wait is uniform between 0 and
             ``min(retry_cap_s, retry_base_s * 2**n)`` (full jitter:
             aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter).
@@ -155,13 +156,15 @@ class RetryingStore:
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
         o = self._options
-        end = time.monotonic() + o.retry_deadline_s
+        end = math.inf
         tries = 0
         while True:
             try:
                 return await attempt()
             except _RETRIED as e:
                 wait = random.uniform(0, min(o.retry_cap_s, o.retry_base_s * 2**tries))  # noqa: S311 - no secret
+                if not tries:
+                    end = time.monotonic() + o.retry_deadline_s
                 tries += 1
                 if time.monotonic() + wait >= end:
                     e.add_note(f"gave up after {tries} attempt(s) in {o.retry_deadline_s:g} s")

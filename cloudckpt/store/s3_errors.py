@@ -73,8 +73,7 @@ _UNREACHABLE = (
     boto.IncompleteReadError,
     boto.ResponseStreamingError,
     aiohttp.ClientError,
-    ConnectionError,
-    TimeoutError,
+    OSError,
 )
 
 

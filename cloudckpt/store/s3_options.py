@@ -48,3 +48,6 @@ class S3Options:
         if (self.access_key_id is None) != (self.secret_access_key is None):
             msg = "give both access_key_id and secret_access_key, or neither"
             raise UsageError(msg)
+        if self.max_connections < 1:
+            msg = f"max_connections={self.max_connections} must be at least 1"
+            raise UsageError(msg)

@@ -6,7 +6,7 @@ a socket does not take at once of a write, asyncio's transport would copy (CPyth
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LEAST_NBYTES = 128 << 10
@@ -42,8 +42,7 @@ async def send(writer: Any, views: Sequence[memoryview], *, stall_s: float | Non
             await writer.write(piece)
 
 
-def _pieces(views: Sequence[memoryview]) -> "list[bytes | memoryview]":
-    pieces: list[bytes | memoryview] = []
+def _pieces(views: Sequence[memoryview]) -> "Iterator[bytes | memoryview]":
     small: list[memoryview] = []
     waiting = 0
     for view in views:
@@ -54,13 +53,12 @@ def _pieces(views: Sequence[memoryview]) -> "list[bytes | memoryview]":
                 small.append(piece)
                 waiting += len(piece)
             if small and (waiting >= _SMALL or not is_small):
-                pieces.append(b"".join(small))
+                yield b"".join(small)
                 small, waiting = [], 0
             if not is_small:
-                pieces.append(piece)
+                yield piece
     if small:
-        pieces.append(b"".join(small))
-    return pieces
+        yield b"".join(small)
 
 
 class _Sender:
@@ -79,8 +77,8 @@ class _Sender:
         # A descriptor of its own, for asyncio refuses to watch one that a transport watches.
         fd = os.dup(self._transport.get_extra_info("socket").fileno())
         self._clock = self._loop.call_later(self._stall_s, self._look_at_clock) if self._stall_s else None
-        self._loop.add_writer(fd, self._write, fd)
         try:
+            self._loop.add_writer(fd, self._write, fd)
             await self._done
         finally:
             self._loop.remove_writer(fd)

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from cloudckpt.errors import UsageError
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import GetRange
@@ -58,6 +60,10 @@ class TrafficOptions:
             raise UsageError(msg)
 
 
+_MOST_SPARE_NBYTES = 128 << 20
+"""Of memory that late ranges are fetched into again, at a time; none of it is counted by a budget."""
+
+
 class Traffic:
     """What the stores of one server share."""
 
@@ -65,6 +71,7 @@ class Traffic:
         """Lets at most ``most`` requests through at a time."""
         o = options
         self._clock = clock
+        self._spare_nbytes = 0
         self._look_s = o.late_least_s / _LOOKS
         self._window = Window(start=o.first_concurrency, most=most, clock=clock)
         self._gets, self._puts = (
@@ -83,23 +90,27 @@ class Traffic:
         def get(views: Sequence[memoryview]) -> "Coroutine[Any, Any, Exception | None]":
             return self._outcome(self._gets, len(at), lambda: store.get_range(key, at, views))
 
-        async with asyncio.TaskGroup() as group:
-            direct = group.create_task(get(into))
-            spare: asyncio.Task[Exception | None] | None = None
-            if await self._is_late(self._gets, len(at), direct):
-                log.warning("bytes %d to %d of %s are late; asked for again", at.start, at.stop, key)
-                memory = memoryview(bytearray(len(at)))
-                spare = group.create_task(get([memory]))
-                done, others = await asyncio.wait({direct, spare}, return_when=asyncio.FIRST_COMPLETED)
-                if others and not any(map(_is_well, done)):
-                    await asyncio.wait(others)
-                direct.cancel()
-                spare.cancel()
-        if spare is None or _is_well(direct):
-            _unpack(direct.result())
-        else:
-            _unpack(spare.result())
-            await in_thread(_spread, memory, into)
+        spare: asyncio.Task[Exception | None] | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                direct = group.create_task(get(into))
+                if await self._is_late(self._gets, len(at), direct, spare_nbytes=len(at)):
+                    log.warning("bytes %d to %d of %s are late; asked for again", at.start, at.stop, key)
+                    self._spare_nbytes += len(at)
+                    memory = np.empty(len(at), np.uint8).data
+                    spare = group.create_task(get([memory]))
+                    done, others = await asyncio.wait({direct, spare}, return_when=asyncio.FIRST_COMPLETED)
+                    if others and not any(map(_is_well, done)):
+                        await asyncio.wait(others)
+                    direct.cancel()
+                    spare.cancel()
+            if spare is None or _is_well(direct):
+                _unpack(direct.result())
+            else:
+                _unpack(spare.result())
+                await in_thread(_spread, memory, into)
+        finally:
+            self._spare_nbytes -= 0 if spare is None else len(at)
 
     async def _send(self, what: str, nbytes: int, request: Callable[[], Awaitable[T]]) -> T:
         async with asyncio.TaskGroup() as group:
@@ -119,14 +130,15 @@ class Traffic:
         tails.answered(nbytes, self._clock() - began)
         return result
 
-    async def _is_late(self, tails: Tails, nbytes: int, task: "asyncio.Task[Any]") -> bool:
+    async def _is_late(self, tails: Tails, nbytes: int, task: "asyncio.Task[Any]", *, spare_nbytes: int = 0) -> bool:
         """Waits until the task is done, or is to be done again."""
         began = self._clock()
         while True:
             await asyncio.wait({task}, timeout=self._look_s)
             if task.done():
                 return False
-            if tails.repeats(nbytes, self._clock() - began):
+            has_room = self._spare_nbytes + spare_nbytes <= _MOST_SPARE_NBYTES
+            if has_room and tails.repeats(nbytes, self._clock() - began):
                 return True
 
 

@@ -4,10 +4,11 @@ Law: the only place that knows which store serves which scheme; imports a store'
 """
 
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 from weakref import WeakKeyDictionary
@@ -102,7 +103,8 @@ async def open_store(
     async with open_once(url, options, keeps_client=keeps_client) as store:
         most = options.s3.max_connections
         of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
-        traffic = of_loop.setdefault((store.identity, options.traffic, most), Traffic(options.traffic, most=most))
+        how = options.traffic if url.startswith("s3://") else replace(options.traffic, late_factor=math.inf)
+        traffic = of_loop.setdefault((store.identity, how, most), Traffic(how, most=most))
         yield RetryingStore(store, options.retry, traffic, others)
 
 

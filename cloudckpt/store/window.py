@@ -49,6 +49,9 @@ class Window:
             request: sends it; a `ThrottledError` of it makes the window smaller.
         """
         await self._free.acquire()
+        while self._excess:  # this place is one of those that are given up
+            self._excess -= 1
+            await self._free.acquire()
         if not self._under_way:
             self._begin_round()
         self._under_way += 1
