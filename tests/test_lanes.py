@@ -33,13 +33,15 @@ def test_a_checkpoint_goes_up_and_comes_down_over_all_of_them(server, s3, root):
 
 
 def session_of(s3, root, lanes=2):
-    return Session(root, StoreOptions(s3=S3Options(**s3), traffic=TrafficOptions(lanes=lanes)))
+    once = RetryOptions(retry_deadline_s=0)
+    return Session(root, StoreOptions(s3=S3Options(**s3), retry=once, traffic=TrafficOptions(lanes=lanes)))
 
 
 async def test_there_is_a_way_for_each_loop_beside_the_first():
     s3, files = "s3://bucket/run", "file:///tmp/run"
-    assert [len(other_lanes(s3, StoreOptions(traffic=TrafficOptions(lanes=n)))) for n in (1, 2, 4)] == [0, 1, 3]
-    assert other_lanes(files, StoreOptions(traffic=TrafficOptions(lanes=4))) == []
+    for url, lanes, expected in ((s3, 1, 0), (s3, 2, 1), (s3, 4, 3), (files, 4, 0)):
+        async with other_lanes(url, StoreOptions(traffic=TrafficOptions(lanes=lanes))) as ways:
+            assert len(ways) == expected
 
 
 async def test_ways_to_a_store_take_turns():
@@ -86,3 +88,21 @@ dcp.load(state, storage_reader=ObjectStoreReader({root!r}, lanes=3, **{s3!r}), n
     assert ended.returncode == 0
     assert "Unclosed" not in ended.stderr
     assert "ResourceWarning" not in ended.stderr
+
+
+def test_all_requests_of_a_call_go_to_one_server_whatever_the_environment_becomes(server, s3, root, monkeypatch):
+    data = bytes(4 * MIB)
+    named = {key: value for key, value in s3.items() if key != "endpoint_url"}
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3["endpoint_url"])
+
+    async def action(store):
+        await store.put("k", [memoryview(data)])
+        outs = [memoryview(bytearray(len(data))) for _ in range(4)]
+        for n, out in enumerate(outs):
+            if n == 2:  # both ways were used by then
+                monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+            await store.get_range("k", Range(0, len(data)), [out])
+        return outs
+
+    with session_of(named, root) as session:
+        assert all(out == data for out in session.run(action))

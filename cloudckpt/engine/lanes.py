@@ -3,11 +3,13 @@
 Law: only bytes move here; everything is decided on the caller's loop.
 """
 
-from collections.abc import Callable, Coroutine, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from cloudckpt.engine import loop
-from cloudckpt.engine.loop import LoopThread
+from cloudckpt.engine.loop import LoopThread, shielded
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import Body, Moves, Part, Store, Upload
 from cloudckpt.store.url import StoreOptions, open_once
@@ -16,12 +18,15 @@ T = TypeVar("T")
 
 
 class _Lane:
-    """Implements `Moves` on another loop, which keeps clients of its own."""
+    """Implements `Moves` on another loop, where the store is opened at first use: all requests go to the same."""
 
     def __init__(self, thread: LoopThread, url: str, options: StoreOptions) -> None:
         self._thread = thread
         self._url = url
         self._options = options
+        self._opening = asyncio.Lock()
+        self._store: Store | None = None
+        self._exit = AsyncExitStack()
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `GetRange.get_range`."""
@@ -31,15 +36,32 @@ class _Lane:
         """See `Multipart.put_part`."""
         return await self._run(lambda store: store.put_part(upload, number, offset, body, crc32c=crc32c))
 
+    async def close(self) -> None:
+        """Closes the store, if it was opened."""
+        if self._store is not None:
+            await self._thread.run_from_loop(self._exit.aclose)
+
     async def _run(self, request: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
         async def there() -> T:
-            async with open_once(self._url, self._options, keeps_client=True) as store:
-                return await request(store)
+            return await request(await self._opened())
 
         return await self._thread.run_from_loop(there)
 
+    async def _opened(self) -> Store:
+        async with self._opening:
+            if self._store is None:
+                opening = open_once(self._url, self._options, keeps_client=True)
+                self._store = await self._exit.enter_async_context(opening)
+            return self._store
 
-def other_lanes(url: str, options: StoreOptions) -> list[Moves]:
+
+@asynccontextmanager
+async def other_lanes(url: str, options: StoreOptions) -> AsyncIterator[list[Moves]]:
     """The lanes to a store beside the first loop's own; none where its scheme keeps no thread busy."""
     count = options.traffic.lanes if url.startswith("s3://") else 1
-    return [_Lane(thread, url, options) for thread in loop.threads(count)[1:count]]
+    lanes = [_Lane(thread, url, options) for thread in loop.threads(count)[1:count]]
+    try:
+        yield list(lanes)
+    finally:
+        for lane in lanes:
+            await shielded(lane.close)

@@ -38,8 +38,10 @@ class Session:
         _used_by.add(os.getpid())
 
         async def with_store() -> T:
-            others = other_lanes(self.url, self._options)
-            async with open_store(self.url, self._options, keeps_client=True, others=others) as store:
+            async with (
+                other_lanes(self.url, self._options) as others,
+                open_store(self.url, self._options, keeps_client=True, others=others) as store,
+            ):
                 return await action(store)
 
         return loop.run(with_store)
