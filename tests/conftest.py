@@ -68,3 +68,11 @@ def store_options(s3):
 def root():
     """A fresh URL on the server."""
     return f"s3://{BUCKET}/{token_hex(6)}"
+
+
+@pytest.fixture
+def nothing_from_outside(monkeypatch):
+    """No proxies and no certificate authorities but the test's own."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)

@@ -42,12 +42,7 @@ from s3_over_http import (
     serves,
 )
 
-
-@pytest.fixture(autouse=True)
-def nothing_from_outside(monkeypatch):
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.lower(), raising=False)
+pytestmark = pytest.mark.usefixtures("nothing_from_outside")
 
 
 # Connections that end.

@@ -11,8 +11,16 @@ import numpy as np
 AHEAD = 4
 """Takers beside those whose requests are under way: what they stage, or place, keeps no connection idle."""
 
+_LEAST_SHARE = 16 << 20
+"""Bytes of a request that are worth its round trip (docs/tuning.md)."""
+
 _LEAST_KEPT = 64 << 10
 """Bytes of a buffer that is worth keeping: the allocator keeps small ones by itself."""
+
+
+def share_of(limit: int, concurrency: int) -> int:
+    """Bytes of a request that takes memory, so that the budget has room for all that are under way, or for most."""
+    return min(limit, max(_LEAST_SHARE, limit // concurrency))
 
 
 class Budget:

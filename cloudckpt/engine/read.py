@@ -7,13 +7,12 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import perf_counter
 
 from awscrt.checksums import combine_crc32c, crc32c
 from msgspec import Struct
 
-from cloudckpt.engine.budget import AHEAD, Budget, BufferPool
+from cloudckpt.engine.budget import AHEAD, Budget, BufferPool, share_of
 from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
 from cloudckpt.engine.frame_fetching import FramedRead, plan_frame_fetches
 from cloudckpt.engine.read_frames import WantedFrames, fetch_frames, fetch_nbytes
@@ -123,8 +122,9 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     reads = [w.read for w in wanted]
     plain = [w for w in wanted if w.read.stored is None]
     framed = [WantedFrames(w.name, FramedRead(w.read, w.read.stored), w.sink) for w in wanted if w.read.stored]
-    size = partial(_request_size, options)
-    fetches = plan_fetches([w.read for w in plain], max_request_size=size(plain), max_gap=options.max_gap)
+    fetches = plan_fetches(
+        [w.read for w in plain], max_request_size=_request_size(options, plain), max_gap=options.max_gap
+    )
     frame_fetches = plan_frame_fetches(
         [w.framed for w in framed],
         max_request_size=min(options.max_request_size, options.max_inflight_nbytes, _FRAMES_REQUEST_SIZE),
@@ -153,8 +153,7 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
 def _request_size(options: ReadOptions, wanted: Sequence[Wanted]) -> int:
     """Bytes of a ranged GET: less where they take memory, so that the budget has room for all that are under way."""
     is_placed = any(not w.read.is_direct for w in wanted)
-    limit = options.max_inflight_nbytes
-    share = min(limit, max(2 * _LEAST_REQUEST_SIZE, limit // options.concurrency))
+    share = share_of(options.max_inflight_nbytes, options.concurrency)
     return balanced_size(
         sum(w.read.nbytes for w in wanted),
         most=min(options.max_request_size, share) if is_placed else options.max_request_size,

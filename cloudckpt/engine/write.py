@@ -8,9 +8,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloudckpt.engine.budget import AHEAD, Budget, BufferPool
+from cloudckpt.engine.budget import AHEAD, Budget, BufferPool, share_of
 from cloudckpt.engine.framing import (
-    LEAST_PART_SIZE,
     MAX_FRAME_SIZE,
     MIN_PART_SIZE,
     AnyPlan,
@@ -107,8 +106,7 @@ class ShardWriter:
         """Writes to ``store``."""
         self._store = store
         self._scratch = Scratch()
-        limit = options.max_inflight_nbytes
-        share = min(limit, max(2 * LEAST_PART_SIZE, limit // options.concurrency))
+        share = share_of(options.max_inflight_nbytes, options.concurrency)
         if options.has_extensions:  # a shard with them holds some of the budget while it waits behind plain parts
             share = min(share, options.frames_part_size * 16 // 17)
         self._means = Means(

@@ -89,7 +89,7 @@ class RetryingStore:
         """See `Put.put`."""
         if condition is not None:
             return await self._store.put(key, body, condition=condition, crc32c=crc32c)
-        return await self._send(key, body, lambda: self._store.put(key, body, crc32c=crc32c))
+        return await self._send(key, _nbytes(body), lambda: self._store.put(key, body, crc32c=crc32c))
 
     def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `List.list_objects`."""
@@ -113,10 +113,11 @@ class RetryingStore:
 
     async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
         """See `Multipart.put_part`."""
+        nbytes = _nbytes(body)
         return await self._send(
             f"part {number} of {upload.key}",
-            body,
-            lambda: self._mover(sum(map(len, body))).put_part(upload, number, offset, body, crc32c=crc32c),
+            nbytes,
+            lambda: self._mover(nbytes).put_part(upload, number, offset, body, crc32c=crc32c),
         )
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
@@ -150,8 +151,7 @@ class RetryingStore:
     def _mover(self, nbytes: int) -> Moves:
         return next(self._movers) if nbytes >= _MANY_NBYTES else self._store
 
-    async def _send(self, what: str, body: Body, request: Callable[[], Awaitable[T]]) -> T:
-        nbytes = sum(map(len, body))
+    async def _send(self, what: str, nbytes: int, request: Callable[[], Awaitable[T]]) -> T:
         return await self._retry(lambda: self._traffic.send(what, nbytes, request))
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
@@ -171,3 +171,7 @@ class RetryingStore:
                     raise
                 log.warning("attempt %d failed, next in %.2f s: %s", tries, wait, e)
                 await asyncio.sleep(wait)
+
+
+def _nbytes(body: Body) -> int:
+    return sum(map(len, body))

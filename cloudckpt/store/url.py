@@ -104,8 +104,10 @@ async def open_store(
         most = options.s3.max_connections
         of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
         how = options.traffic if url.startswith("s3://") else replace(options.traffic, late_factor=math.inf)
-        traffic = of_loop.setdefault((store.identity, how, most), Traffic(how, most=most))
-        yield RetryingStore(store, options.retry, traffic, others)
+        key = store.identity, how, most
+        if key not in of_loop:
+            of_loop[key] = Traffic(how, most=most)
+        yield RetryingStore(store, options.retry, of_loop[key], others)
 
 
 @asynccontextmanager
