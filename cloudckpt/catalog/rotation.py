@@ -1,6 +1,6 @@
-"""Checkpoints as wholes: which steps are committed under a root, which is the newest; new keys for encrypted ones.
+"""New keys for encrypted checkpoints.
 
-Law: sync; a step exists when its manifest does, and nothing else decides.
+Law: no shard is read or written.
 """
 
 from collections.abc import Mapping
@@ -13,40 +13,12 @@ from cloudckpt.engine import commit, loop
 from cloudckpt.engine.commit import Replaced, read_manifest_blob
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.sealing import open_manifest, seal
-from cloudckpt.errors import CheckpointNotFoundError, UsageError
+from cloudckpt.errors import UsageError
 from cloudckpt.extensions.aesgcm import DataKey
 from cloudckpt.extensions.keys import Keys, provider_of
-from cloudckpt.layout import step_name, step_of
 from cloudckpt.manifest import Manifest
-from cloudckpt.store.protocols import Blob, Store
+from cloudckpt.store.protocols import Blob
 from cloudckpt.store.url import StoreOptions, check_url, open_store
-
-
-def step_url(root: str, step: int) -> str:
-    """The URL of a step's checkpoint under a root."""
-    return f"{check_url(root)}/{step_name(step)}"
-
-
-def newest_step(root: str, store: StoreOptions | None = None) -> int | None:
-    """The newest committed step under a root, or None where there is none.
-
-    One listing, then one GET per step from the newest on, until one is committed.
-
-    Raises:
-        StoreError: the store refused.
-    """
-    root = check_url(root)
-
-    async def find() -> int | None:
-        async with open_store(root, store) as opened:
-            steps = [s async for name in opened.list_names() if (s := step_of(name)) is not None]
-        for step in sorted(steps, reverse=True):
-            async with open_store(step_url(root, step), store) as opened:
-                if await _is_committed(opened):
-                    return step
-        return None
-
-    return loop.run(find)
 
 
 def rewrap(
@@ -101,11 +73,3 @@ def _rewrapped(params: Mapping[str, str], key_id: str, keys: Keys) -> dict[str, 
     return (
         DataKey.open(params, provider).rewrapped(key_id, provider).params if "wrapped_key" in params else dict(params)
     )
-
-
-async def _is_committed(store: Store) -> bool:
-    try:
-        await read_manifest_blob(store)
-    except CheckpointNotFoundError:
-        return False
-    return True
