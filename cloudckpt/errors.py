@@ -108,6 +108,10 @@ class SaveFailedError(CheckpointError):
     """A save failed for a reason that is not ours; the message names rank, host and reason."""
 
 
+class DeadlineError(CheckpointError):
+    """A save took longer than its ``deadline_s``. It was broken off, and nothing was committed."""
+
+
 class LoadFailedError(CheckpointError):
     """A load failed for a reason that is not ours; what it was loading into is undefined now."""
 

@@ -14,6 +14,7 @@ from cloudckpt.errors import (
     CommitConflictError,
     CommitUnknownError,
     CredentialsError,
+    IntegrityError,
     ManifestError,
     NotCommittedError,
     ObjectNotFoundError,
@@ -21,12 +22,13 @@ from cloudckpt.errors import (
     StoreUnavailableError,
 )
 from cloudckpt.layout import MANIFEST, shard_key
-from cloudckpt.manifest import Manifest, Shard, Summary, encode, encode_tombstone, parse
+from cloudckpt.manifest import Manifest, Shard, Summary, encode, parse
 from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.protocols import IfAbsent
 from cloudckpt.store.s3 import S3Store
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
+from cloudckpt.tombstone import encode_tombstone
 from counting_proxy import CountingProxy
 
 LOST = StoreUnavailableError("no answer")
@@ -216,17 +218,76 @@ async def test_an_overwrite_with_a_lost_request_is_put_again():
 
 async def test_a_tombstone_reads_as_absent_and_is_replaced():
     store = fresh()
-    summary = Summary(
-        format="cloudckpt", version=1, save_id="t", created=datetime.now(UTC), writer="s", is_tombstone=True
-    )
-    await put(store, encode_tombstone(summary))
+    await put(store, tombstone())
     with pytest.raises(CheckpointNotFoundError):
         await commit.read_manifest_blob(store)
-    late = make("late")
-    with pytest.raises(CommitConflictError):  # a coordinator that had seen nothing commits late
-        await commit.commit(store, late, "late", replaces=None, deadline_s=1)
     await commit_ours(store, await commit.prepare(store, overwrite=False))
     assert await committed_by(store) == "ours"
+
+
+def tombstone(*swept):
+    return encode_tombstone(swept, created=datetime.now(UTC), writer="a sweep")
+
+
+SWEPT, OTHER = (shard_key(digit * 32, "safetensors") for digit in "12")
+
+
+@pytest.mark.parametrize("has_seen_one", [False, True], ids=["put after it began", "put before and put anew"])
+async def test_a_coordinator_whose_shards_were_swept_loses_to_the_tombstone(has_seen_one):
+    store = fresh()
+    if has_seen_one:
+        await put(store, tombstone())
+    replaced = await commit.prepare(store, overwrite=False)
+    await put(store, tombstone(SWEPT))
+    with pytest.raises(CommitConflictError, match="were swept as leftovers"):
+        await commit.commit(store, make(), "ours", replaces=replaced, shard_keys=[OTHER, SWEPT], deadline_s=5)
+    with pytest.raises(CheckpointNotFoundError):
+        await commit.read_manifest_blob(store)
+
+
+async def test_a_tombstone_for_another_attempt_is_replaced_by_a_commit():
+    store = fresh()
+    await put(store, tombstone(SWEPT))
+    await commit.commit(store, make(), "ours", replaces=None, shard_keys=[OTHER], deadline_s=5)
+    assert await committed_by(store) == "ours"
+
+
+async def test_a_tombstone_that_does_not_say_what_was_swept_is_not_replaced():
+    store = fresh()
+    summary = parse(tombstone(), "t").summary
+    await put(store, encode(Manifest(summary=summary, metadata={}, planner_paths=None, shards=(), entries={})))
+    with pytest.raises(ManifestError, match="does not say what was swept"):
+        await commit.commit(store, make(), "ours", replaces=None, shard_keys=[OTHER], deadline_s=5)
+
+
+async def uploaded(store):
+    keys = [shard_key(digit * 32, "safetensors") for digit in "34"]
+    return [commit.Uploaded(key, 3, await store.put(key, [memoryview(b"abc")])) for key in keys]
+
+
+async def test_shards_that_are_as_they_were_uploaded_may_be_committed():
+    store = RecordingStore(fresh())
+    shards = await uploaded(store)
+    store.requests.clear()
+    await commit.check(store, shards)
+    assert store.requests == [("list_objects", "shards/")]
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [(None, "is gone"), (b"abcd", "has 4 bytes and not the 3"), (b"abd", "is another object")],
+    ids=["gone", "longer", "another"],
+)
+async def test_a_shard_that_is_not_as_it_was_uploaded_is_not_committed(data, problem):
+    store = fresh()
+    first, second = await uploaded(store)
+    if data is None:
+        await store.delete([second.key])
+    else:
+        await store.put(second.key, [memoryview(data)])
+    with pytest.raises(IntegrityError, match=problem) as e:
+        await commit.check(store, [first, second])
+    assert second.key in str(e.value)
 
 
 async def test_nothing_and_never_committed_are_told_apart():

@@ -30,6 +30,7 @@ class _Packed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     items: tuple[WrittenItem, ...]
     starts: tuple[int, ...]
     frames: tuple[int, ...]
+    etag: str
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -39,17 +40,20 @@ _decoder = msgspec.msgpack.Decoder(_Packed)
 def pack(plan: AnyPlan, written: Written, items: list[WrittenItem]) -> WriteResult:
     """One shard as one result; ``items`` are the rank's, as they were planned."""
     mine = tuple(items[i] for i in plan.items)
-    packed = _encoder.encode(_Packed(written.shard, mine, written.starts, plan.frames))
+    packed = _encoder.encode(_Packed(written.shard, mine, written.starts, plan.frames, written.etag))
     return WriteResult(index=MetadataIndex(plan.key), size_in_bytes=written.shard.size, storage_data=packed)
 
 
-def assemble(metadata: Metadata, results: list[list[WriteResult]]) -> tuple[tuple[Shard, ...], dict[str, Entry]]:
-    """The manifest's shards and entries: what the ranks wrote, held against what was planned.
+def assemble(
+    metadata: Metadata, results: list[list[WriteResult]]
+) -> tuple[tuple[Shard, ...], tuple[str, ...], dict[str, Entry]]:
+    """The manifest's shards, their ETags, and its entries: what the ranks wrote, held against what was planned.
 
     Raises:
         SaveFailedError: something planned was not written, or something else was.
     """
     shards: list[Shard] = []
+    etags: list[str] = []
     chunks: dict[str, list[Chunk]] = {}
     entries: dict[str, Entry] = {}
     for result in (r for of_rank in results for r in of_rank):
@@ -63,6 +67,7 @@ def assemble(metadata: Metadata, results: list[list[WriteResult]]) -> tuple[tupl
             else:
                 entries[item.key] = BytesEntry(item.nbytes, len(shards), start, stop, frame)
         shards.append(packed.shard)
+        etags.append(packed.etag)
     for key, planned in metadata.state_dict_metadata.items():
         if isinstance(planned, TensorStorageMetadata):
             entries[key] = _tensor_entry(key, planned, chunks.pop(key, []))
@@ -72,7 +77,7 @@ def assemble(metadata: Metadata, results: list[list[WriteResult]]) -> tuple[tupl
     if chunks:
         msg = f"ranks wrote what was not planned: {', '.join(sorted(chunks))}"
         raise SaveFailedError(msg)
-    return tuple(shards), {key: entries[key] for key in metadata.state_dict_metadata}
+    return tuple(shards), tuple(etags), {key: entries[key] for key in metadata.state_dict_metadata}
 
 
 def _tensor_entry(key: str, planned: TensorStorageMetadata, chunks: list[Chunk]) -> TensorEntry:

@@ -5,7 +5,7 @@ Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's pl
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from secrets import token_hex
@@ -25,14 +25,18 @@ from cloudckpt.dcp.border import border
 from cloudckpt.dcp.resolving import refuse_unstorable, resolve
 from cloudckpt.dcp.results import assemble, pack, planner_paths
 from cloudckpt.engine import commit
+from cloudckpt.engine.commit import Uploaded
+from cloudckpt.engine.deadline import Deadline
 from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
 from cloudckpt.engine.sealing import seal
 from cloudckpt.engine.session import Session
+from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import SaveFailedError, UsageError
 from cloudckpt.extensions.aesgcm import DataKey
 from cloudckpt.extensions.chain import Rules
-from cloudckpt.manifest import Manifest, Summary
+from cloudckpt.manifest import Entry, Manifest, PlannerPath, Shard, Summary
+from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,8 @@ class _Attempt:
     """One save: where it goes, whatever the writer is told meanwhile, and what it replaces there."""
 
     session: Session
-    replaces: commit.Replaced | None
+    deadline: Deadline
+    replaces: commit.Replaced | None = None
     key: DataKey | None = None
 
 
@@ -132,12 +137,12 @@ class ObjectStoreWriter(StorageWriter):
                     "one checkpoint for all ranks. Save with collectives"
                 )
                 raise UsageError(msg)
-            attempt = _Attempt(Session(self._url, self._store), None)
+            attempt = _Attempt(Session(self._url, self._store), Deadline(self._options.deadline_s))
             if is_coordinator:
                 key = self._rules.new_data_key()
                 overwrite = self._options.overwrite
                 replaced = attempt.session.run(lambda store: commit.prepare(store, overwrite=overwrite))
-                attempt = _Attempt(attempt.session, replaced, key)
+                attempt = replace(attempt, replaces=replaced, key=key)
             self._attempts[get_ident()] = attempt
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -157,9 +162,13 @@ class ObjectStoreWriter(StorageWriter):
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
             written, items, sources = resolve(plan, planner)
             plans = self._plan(items, [w.key for w in written], rank)
-            shards = self._attempt().session.run(
-                lambda store: ShardWriter(store, self._options).write(plans, items, sources)
-            )
+            attempt = self._attempt()
+
+            async def upload(store: Store) -> list[Written]:
+                async with attempt.deadline.kept():
+                    return await ShardWriter(store, self._options).write(plans, items, sources)
+
+            shards = attempt.session.run(upload)
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -169,18 +178,29 @@ class ObjectStoreWriter(StorageWriter):
         """Commits: puts the manifest (coordinator only).
 
         Raises:
+            IntegrityError: a shard is not there as it was uploaded.
             CommitConflictError, CommitUnknownError, StoreError: see `engine.commit.commit`.
         """
         with border(SaveFailedError, "the commit"):
-            made = self._manifest(metadata, results)
+            shards, etags, entries = assemble(metadata, results)
+            made = self._manifest(shards, entries, planner_paths(metadata))
+            uploaded = [Uploaded(s.key, s.size, etag) for s, etag in zip(shards, etags, strict=True)]
             attempt = self._attempt()
             data = manifest.encode(made) if attempt.key is None else seal(made, attempt.key)
-            deadline_s = self._options.commit_deadline_s
-            attempt.session.run(
-                lambda store: commit.commit(
-                    store, data, made.summary.save_id, replaces=attempt.replaces, deadline_s=deadline_s
+
+            async def put(store: Store) -> None:
+                async with attempt.deadline.kept():
+                    await commit.check(store, uploaded)
+                await commit.commit(
+                    store,
+                    data,
+                    made.summary.save_id,
+                    replaces=attempt.replaces,
+                    shard_keys=[shard.key for shard in shards],
+                    deadline_s=self._options.commit_deadline_s,
                 )
-            )
+
+            attempt.session.run(put)
             log.info(
                 "saved %s: %d bytes in %d shards, %d entries",
                 attempt.session.url,
@@ -214,8 +234,9 @@ class ObjectStoreWriter(StorageWriter):
                 )
         return plans
 
-    def _manifest(self, metadata: Metadata, results: list[list[WriteResult]]) -> Manifest:
-        shards, entries = assemble(metadata, results)
+    def _manifest(
+        self, shards: tuple[Shard, ...], entries: dict[str, Entry], paths: dict[str, PlannerPath] | None
+    ) -> Manifest:
         chunks = [c for e in entries.values() if isinstance(e, manifest.TensorEntry) for c in e.chunks]
         return Manifest(
             summary=Summary(
@@ -232,7 +253,7 @@ class ObjectStoreWriter(StorageWriter):
                 chunk_count=len(chunks),
             ),
             metadata=self._metadata,
-            planner_paths=planner_paths(metadata),
+            planner_paths=paths,
             shards=shards,
             entries=entries,
         )

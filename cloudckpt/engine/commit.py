@@ -7,6 +7,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from cloudckpt.errors import (
     ChecksumRefusedError,
     CommitConflictError,
     CommitUnknownError,
+    IntegrityError,
     NotCommittedError,
     ObjectNotFoundError,
     PreconditionFailedError,
@@ -27,6 +29,7 @@ from cloudckpt.errors import (
 from cloudckpt.layout import MANIFEST, SHARDS
 from cloudckpt.manifest import parse, parse_summary
 from cloudckpt.store.protocols import Blob, Condition, Delete, Get, IfAbsent, IfMatch, List, Put
+from cloudckpt.tombstone import swept_keys
 
 log = logging.getLogger(__name__)
 _IN_DOUBT = (PreconditionFailedError, ObjectNotFoundError, StoreUnavailableError, ChecksumRefusedError)
@@ -64,6 +67,15 @@ class Replaced:
 
     etag: str
     shard_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """A shard as its rank left it in the store."""
+
+    key: str
+    size: int
+    etag: str
 
 
 async def read_manifest_blob(store: Reads) -> Blob:
@@ -120,7 +132,42 @@ async def prepare(store: Commits, *, overwrite: bool) -> Replaced | None:
     return Replaced(blob.etag, tuple(shard.key for shard in old.shards))
 
 
-async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replaced | None, deadline_s: float) -> None:
+async def check(store: Reads, uploaded: Sequence[Uploaded]) -> None:
+    """Looks, in one listing, whether all shards are there as they were uploaded: the last thing before a commit.
+
+    Raises:
+        IntegrityError: one is gone or another object; nothing was committed.
+        StoreError: the store refused.
+    """
+    if not uploaded:
+        return
+    there = {found.key: found async for found in store.list_objects(SHARDS)}
+    for shard in uploaded:
+        found = there.get(shard.key)
+        if found is None:
+            problem = "is gone"
+        elif found.size != shard.size:
+            problem = f"has {found.size} bytes and not the {shard.size} that were uploaded"
+        elif found.etag != shard.etag:
+            problem = f"is another object (ETag {found.etag}, not {shard.etag})"
+        else:
+            continue
+        msg = (
+            f"not committed: {store.url}/{shard.key} was uploaded and {problem}. Did something else delete or write "
+            "below this URL (a sweep with too short a grace, a lifecycle rule)? Save again"
+        )
+        raise IntegrityError(msg)
+
+
+async def commit(
+    store: Commits,
+    data: bytes,
+    save_id: str,
+    *,
+    replaces: Replaced | None,
+    deadline_s: float,
+    shard_keys: Sequence[str] = (),
+) -> None:
     """Puts the manifest: when this returns, the checkpoint exists.
 
     Args:
@@ -128,6 +175,8 @@ async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replace
         data: the encoded manifest.
         save_id: as in the manifest; tells our own commit from another's.
         replaces: from `prepare`.
+        shard_keys: of the shards in the manifest, or of those of this attempt: a tombstone that names none of them
+            is replaced, for it was put to sweep another attempt.
         deadline_s: how long a commit in doubt is put again and read back.
 
     Raises:
@@ -145,10 +194,14 @@ async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replace
         except _IN_DOUBT as e:
             is_in_doubt = is_in_doubt or isinstance(e, StoreUnavailableError)
             there = await _read_back(store, end, e)
-            if there is not None and parse_summary(there.data, store.url).save_id == save_id:
+            found = None if there is None else parse_summary(there.data, store.url)
+            if found is not None and found.save_id == save_id:
                 break
-            if there is None:
+            if there is None or found is None:
                 condition = IfAbsent()  # what was to be replaced is gone
+            elif found.is_tombstone:
+                _refuse_swept(there.data, shard_keys, store.url, e)
+                condition = IfMatch(there.etag)
             elif replaces is None or there.etag != replaces.etag:
                 msg = (
                     f"another save committed to {store.url} first; its checkpoint stands, ours was not "
@@ -167,6 +220,16 @@ async def commit(store: Commits, data: bytes, save_id: str, *, replaces: Replace
                 raise
             await asyncio.sleep(random.uniform(0, _WAIT_S))  # noqa: S311 - no secret
     await _after_commit(store, data, replaces)
+
+
+def _refuse_swept(tombstone: bytes, shard_keys: Sequence[str], url: str, refusal: StoreError) -> None:
+    swept = set(shard_keys) & swept_keys(tombstone, url)
+    if swept:
+        msg = (
+            f"{len(swept)} shards of this save to {url} were swept as leftovers before it committed, because nothing "
+            "was heard of it for longer than the sweep's grace. Save again"
+        )
+        raise CommitConflictError(msg) from refusal
 
 
 async def _read_back(store: Commits, end: float, doubt: StoreError) -> Blob | None:

@@ -19,8 +19,8 @@ T = TypeVar("T")
 _WORKERS_OF_OTHERS = 2
 _LOOK_S = 1
 """How often a waiting caller looks for signals."""
-_CLEAN_UP_S = 30
-"""How long an interrupted caller waits for what it interrupted to clean up."""
+CLEAN_UP_S = 30
+"""How long what failed may take to clean up, and an interrupted caller waits for it."""
 
 
 class LoopThread:
@@ -51,7 +51,7 @@ class LoopThread:
         except BaseException:  # also what a signal handler raises, such as SystemExit
             if not future.done():
                 future.cancel()
-                ended.wait(_CLEAN_UP_S)
+                ended.wait(CLEAN_UP_S)
             raise
 
     async def run_from_loop(self, main: Callable[[], Coroutine[Any, Any, T]]) -> T:

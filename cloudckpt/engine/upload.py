@@ -6,12 +6,12 @@ Law: an upload is completed or it is aborted.
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from cloudckpt.engine.budget import Budget, BufferPool
-from cloudckpt.engine.loop import shielded
+from cloudckpt.engine.loop import CLEAN_UP_S, shielded
 from cloudckpt.errors import StoreError
 from cloudckpt.manifest import Shard
 from cloudckpt.store.protocols import Delete, Multipart, Put, Upload
@@ -60,10 +60,12 @@ class Written:
     Attributes:
         shard: what the manifest says of it.
         starts: the first byte of each of its items in the object, and at last the object's size.
+        etag: of the object, as the store told when it was up.
     """
 
     shard: Shard
     starts: tuple[int, ...]
+    etag: str
 
 
 @asynccontextmanager
@@ -76,8 +78,21 @@ async def aborting(store: Uploads, upload: Upload) -> AsyncIterator[None]:
         raise
 
 
+async def begin_upload(store: Uploads, key: str, clean_up: AsyncExitStack) -> Upload:
+    """Begins an upload that is aborted if what runs in ``clean_up`` fails, or if this is cancelled."""
+    begun: list[Upload] = []
+
+    async def begin() -> None:
+        begun.append(await store.create_upload(key))
+        await clean_up.enter_async_context(aborting(store, begun[0]))
+
+    await shielded(begin)  # broken off, it could be carried out after the clean-up
+    return begun[0]
+
+
 async def _quietly_abort(store: Uploads, upload: Upload) -> None:
     try:
-        await store.abort_upload(upload)
-    except StoreError as e:
+        async with asyncio.timeout(CLEAN_UP_S):
+            await store.abort_upload(upload)
+    except (StoreError, TimeoutError) as e:
         log.warning("could not abort a multipart upload, its parts stay until they are swept: %s", e)

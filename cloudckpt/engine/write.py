@@ -5,6 +5,7 @@ Law: async; no torch, no S3, no environment. All of them are whole or none is le
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from cloudckpt.engine.framing import (
     ShardPlan,
     planned_frames,
 )
-from cloudckpt.engine.loop import shielded
+from cloudckpt.engine.loop import CLEAN_UP_S, shielded
 from cloudckpt.engine.sources import Source
 from cloudckpt.engine.upload import Means, Uploads, Written
 from cloudckpt.engine.write_frames import LEAST_FRAMES, FramesUpload
@@ -47,6 +48,8 @@ class WriteOptions:
         concurrency: requests under way at a time, at most; how many really are, `TrafficOptions` says.
         overwrite: replace a committed checkpoint at the same URL.
         commit_deadline_s: how long a commit in doubt is looked into.
+        deadline_s: for a save as a whole, on each rank from its beginning there; what is not up by then is broken
+            off. Without it only each request has a deadline (`RetryOptions.retry_deadline_s`).
         extensions: what items go through on their way, first applied first: for all of them, or by pattern of
             their keys, ``{"optim.*": [BytePlane(), ZStandard()], "*": []}`` (see `extensions.chain.Rules`).
         transform_threads: frames that are transformed at a time.
@@ -58,6 +61,7 @@ class WriteOptions:
     concurrency: int = 32
     overwrite: bool = False
     commit_deadline_s: float = 120
+    deadline_s: float = math.inf
     extensions: Extensions = ()
     transform_threads: int = 4
 
@@ -70,6 +74,9 @@ class WriteOptions:
             raise UsageError(msg)
         if self.max_inflight_nbytes < MIN_PART_SIZE:
             msg = f"max_inflight_nbytes={self.max_inflight_nbytes} cannot hold one part of {MIN_PART_SIZE}"
+            raise UsageError(msg)
+        if self.commit_deadline_s <= 0 or self.deadline_s <= 0:
+            msg = f"commit_deadline_s={self.commit_deadline_s} and deadline_s={self.deadline_s} must be positive"
             raise UsageError(msg)
         if self.concurrency < 1 or self.transform_threads < 1:
             msg = f"concurrency={self.concurrency} and transform_threads={self.transform_threads} must be at least 1"
@@ -158,12 +165,14 @@ class ShardWriter:
 
     async def _remove(self, keys: Sequence[str]) -> None:
         try:
-            await self._store.delete(keys)
-        except StoreError as e:
+            async with asyncio.timeout(CLEAN_UP_S):
+                await self._store.delete(keys)
+        except (StoreError, TimeoutError) as e:
             log.warning("could not remove shards of a failed save, they stay until they are swept: %s", e)
-        for key in keys:  # an upload whose creation's answer was lost is known by its key alone
-            try:
-                async for upload in self._store.list_uploads(key):
-                    await self._store.abort_upload(upload)
-            except StoreError as e:
-                log.warning("could not look for uploads of a failed save, they stay until they are swept: %s", e)
+        try:
+            async with asyncio.timeout(CLEAN_UP_S):
+                for key in keys:  # an upload whose creation's answer was lost is known by its key alone
+                    async for upload in self._store.list_uploads(key):
+                        await self._store.abort_upload(upload)
+        except (StoreError, TimeoutError) as e:
+            log.warning("could not look for uploads of a failed save, they stay until they are swept: %s", e)

@@ -18,7 +18,7 @@ from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.framing import FramesPlan, PlannedFrame
 from cloudckpt.engine.sources import Source
-from cloudckpt.engine.upload import Means, Written, aborting
+from cloudckpt.engine.upload import Means, Written, begin_upload
 from cloudckpt.extensions.chain import ShardChain
 from cloudckpt.manifest import Shard, pack
 from cloudckpt.store.protocols import Part, Upload
@@ -96,10 +96,10 @@ class FramesUpload:
             async with AsyncExitStack() as clean_up:
                 async with asyncio.TaskGroup() as group, self._means.filling:
                     await self._fill(group, clean_up)
-                await self._complete()
+                etag = await self._complete()
         finally:
             self._release(self._held)
-        return self._written()
+        return self._written(etag)
 
     async def _fill(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         """Transforms all frames, and sends every full part on its way, and the last."""
@@ -155,8 +155,7 @@ class FramesUpload:
 
     async def _send(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         if self._upload is None:
-            self._upload = await self._means.store.create_upload(self._plan.key)
-            await clean_up.enter_async_context(aborting(self._means.store, self._upload))
+            self._upload = await begin_upload(self._means.store, self._plan.key, clean_up)
         part, self._open = self._open, self._new_part()
         self._parts.append(group.create_task(self._put_part(self._upload, len(self._parts), part)))
 
@@ -169,13 +168,15 @@ class FramesUpload:
         self._release(part.nbytes)
         return done
 
-    async def _complete(self) -> None:
+    async def _complete(self) -> str:
         store, whole = self._means.store, self._crc32c()
         if self._upload is None:
-            await store.put(self._plan.key, [self._open.data], crc32c=whole)
+            etag = await store.put(self._plan.key, [self._open.data], crc32c=whole)
         else:
-            await store.complete_upload(self._upload, [part.result() for part in self._parts], crc32c=whole)
+            parts = [part.result() for part in self._parts]
+            etag = await store.complete_upload(self._upload, parts, crc32c=whole)
         self._means.pool.give(self._open.buffer)
+        return etag
 
     def _new_part(self) -> _Part:
         size = self._means.frames_part_size
@@ -188,7 +189,7 @@ class FramesUpload:
     def _crc32c(self) -> int:
         return _combined(zip(self._checksums, self._sizes, strict=True))
 
-    def _written(self) -> Written:
+    def _written(self, etag: str) -> Written:
         starts = [0, *accumulate(self._sizes)]
         shard = Shard(
             key=self._plan.key,
@@ -200,7 +201,7 @@ class FramesUpload:
             extension_params=self._chain.params,
             frame_sizes=pack(self._sizes),
         )
-        return Written(shard, tuple(starts[frame] for frame in self._plan.frames))
+        return Written(shard, tuple(starts[frame] for frame in self._plan.frames), etag)
 
 
 def _combined(runs: Iterable[tuple[int, int]]) -> int:

@@ -12,10 +12,10 @@ from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.framing import HEADER, LEAST_PART_SIZE, Segment, ShardPlan, part_size_for, segments
 from cloudckpt.engine.sources import BytesSource, Source
-from cloudckpt.engine.upload import Means, Written, aborting
+from cloudckpt.engine.upload import Means, Written, begin_upload
 from cloudckpt.manifest import Shard, pack
 from cloudckpt.ranges import Range, split
-from cloudckpt.store.protocols import Part, Upload
+from cloudckpt.store.protocols import Part
 from cloudckpt.threads import in_thread
 
 
@@ -56,10 +56,8 @@ class PlainUpload:
         is_staged = any(self._sources[i].scratch_nbytes(Range(0, 1)) for i in plan.items)
         most = means.staged_part_size if is_staged else means.part_size
         size = part_size_for(plan.size, most=most, ways=means.ways)
-        if plan.size <= max(size, min(most, 2 * LEAST_PART_SIZE)):
-            await self._put_whole()
-        else:
-            await self._put_parts(size)
+        is_small = plan.size <= max(size, min(most, 2 * LEAST_PART_SIZE))
+        etag = await self._put_whole() if is_small else await self._put_parts(size)
         shard = Shard(
             key=plan.key,
             size=plan.size,
@@ -67,28 +65,24 @@ class PlainUpload:
             frame_size=plan.frame_size,
             frame_checksums=pack(self._checksums.frames(plan.frames[-1])),
         )
-        return Written(shard, plan.starts)
+        return Written(shard, plan.starts, etag)
 
-    async def _put_whole(self) -> None:
+    async def _put_whole(self) -> str:
         means, plan = self._means, self._plan
         cut = self._cut(Range(0, plan.size))
         granted = await means.budget.take(cut.scratch_nbytes)
         try:
             staged = await self._stage(cut)
             async with means.requests:
-                await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
+                etag = await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
             means.pool.give(staged.scratch)
+            return etag
         finally:
             means.budget.give(granted)
 
-    async def _put_parts(self, size: int) -> None:
+    async def _put_parts(self, size: int) -> str:
         means = self._means
         async with AsyncExitStack() as clean_up:
-
-            async def create() -> Upload:
-                upload = await means.store.create_upload(self._plan.key)
-                await clean_up.enter_async_context(aborting(means.store, upload))
-                return upload
 
             async def put_part(number: int, cut: _Cut) -> Part:
                 staged = await self._stage(cut)
@@ -100,14 +94,14 @@ class PlainUpload:
 
             tasks: list[asyncio.Task[Part]] = []
             async with asyncio.TaskGroup() as group:
-                creating = group.create_task(create())
+                creating = group.create_task(begin_upload(means.store, self._plan.key, clean_up))
                 for number, at in enumerate(split(Range(0, self._plan.size), size), start=1):
                     cut = self._cut(at)
                     granted = await means.budget.take(cut.scratch_nbytes)
                     tasks.append(group.create_task(put_part(number, cut)))
                     means.budget.give_when_done(tasks[-1], granted)
             parts = [task.result() for task in tasks]
-            await means.store.complete_upload(creating.result(), parts, crc32c=self._checksums.whole())
+            return await means.store.complete_upload(creating.result(), parts, crc32c=self._checksums.whole())
 
     def _cut(self, at: Range) -> "_Cut":
         cut = list(segments(self._plan, at))
