@@ -50,6 +50,11 @@ def client(server):
 @pytest.fixture
 def s3(server):
     """Keyword arguments that lead a writer or reader to the server."""
+    return s3_of(server)
+
+
+def s3_of(server):
+    """See `s3`."""
     return {
         "endpoint_url": server.endpoint_url,
         "access_key_id": server.access_key,
