@@ -3,7 +3,6 @@
 import logging
 from datetime import UTC, datetime
 from secrets import token_hex
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -27,9 +26,8 @@ from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.protocols import IfAbsent
 from cloudckpt.store.s3 import S3Store
 from cloudckpt.store.s3_options import S3Options
-from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
+from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore, fault_proxy, faults
 from cloudckpt.tombstone import encode_tombstone
-from counting_proxy import CountingProxy
 
 LOST = StoreUnavailableError("no answer")
 
@@ -309,25 +307,22 @@ async def test_an_object_that_is_no_manifest_is_refused():
 
 async def test_no_layer_sends_a_request_twice(server, s3):
     """Counted at the server, with the answer of every request lost after it was carried out."""
-    at = urlsplit(server.endpoint_url)
     key = token_hex(6)
     for condition in (None, IfAbsent()):
-        async with CountingProxy(at.hostname, at.port, lambda *_: True) as proxy:
+        with fault_proxy(server.endpoint_url) as proxy:
+            proxy.each(lambda _: faults.lose_reply())
             async with S3Store("checkpoints", "", S3Options(**{**s3, "endpoint_url": proxy.url})) as store:
                 with pytest.raises(StoreUnavailableError):
                     await store.put(key + str(condition), [memoryview(b"x")], condition=condition)
-            assert [method for method, _ in proxy.requests] == ["PUT"]
+            assert [r.method for r in proxy.requests] == ["PUT"]
 
 
 async def test_a_commit_whose_reply_is_lost_on_the_wire_stands(server, s3):
-    at = urlsplit(server.endpoint_url)
-    is_first = iter([True])
     prefix = f"{token_hex(6)}/"
-    async with CountingProxy(
-        at.hostname, at.port, lambda method, _: method == "PUT" and next(is_first, False)
-    ) as proxy:
+    with fault_proxy(server.endpoint_url) as proxy:
+        proxy.when(lambda r: r.method == "PUT", faults.lose_reply())
         async with S3Store("checkpoints", prefix, S3Options(**{**s3, "endpoint_url": proxy.url})) as store:
             commit._probed.add(store.identity)
             await commit_ours(store)
             assert await committed_by(store) == "ours"
-        assert [method for method, _ in proxy.requests] == ["PUT", "GET", "GET"]
+        assert [r.method for r in proxy.requests] == ["PUT", "GET", "GET"]
