@@ -192,7 +192,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         """Reads several entries at once.
 
         Elements are cast as they arrive where a destination's dtype differs, a request at a time; see
-        `ReadOptions.cast`. If it fails, what was being loaded into is undefined.
+        `ReadOptions.cast`. If it fails, what was being loaded into is undefined, unless ``verify="before"``.
 
         Args:
             patterns: of names; what they leave out is left out on both sides.

@@ -47,12 +47,19 @@ from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
 
+_AFTER_FAILURE = {
+    False: "the tensors that were being loaded into are undefined now; load again before using them",
+    True: "the tensors that were being loaded into hold, frame by frame, what they held or what was saved",
+}
+"""By whether nothing was placed before it was verified."""
+
 
 class ObjectStoreReader(StorageReader):
     """Loads a checkpoint from object storage, for ``dcp.load`` onto any mesh.
 
     Fetches the rows that the state dict asks for, straight into its tensors' memory where they are
-    contiguous. After a failed load the state dict's tensors are undefined: load again before using them.
+    contiguous. After a failed load the state dict's tensors are undefined: load again before using them. With
+    ``verify="before"`` each part of them then holds what it held, or what was saved.
 
     Example:
         >>> dcp.load(state_dict, storage_reader=ObjectStoreReader("s3://bucket/run/step-100"))
@@ -168,7 +175,7 @@ class ObjectStoreReader(StorageReader):
         Raises:
             DtypeMismatchError: ``cast=False`` and a destination has another dtype; nothing was fetched.
             UnsafePickleError: a bytes item would load a class; tensors are loaded, no bytes item is.
-            IntegrityError, StoreError: what was being loaded into is undefined.
+            IntegrityError, StoreError: what was being loaded into is undefined, unless ``verify="before"``.
         """
         with border(LoadFailedError, "the load"):
             access, self._access = self._access, None
@@ -187,7 +194,7 @@ class ObjectStoreReader(StorageReader):
         try:
             access.read(loading.asks, loading.build)
         except (IntegrityError, StoreError) as e:
-            e.add_note("the tensors that were being loaded into are undefined now; load again before using them")
+            e.add_note(_AFTER_FAILURE[self._options.verify == "before"])
             raise
         loading.commit()
 

@@ -1,6 +1,6 @@
 """Reading from one open checkpoint, sync and from any thread.
 
-Law: holds what reading needs, and decides nothing.
+Law: holds what reading needs, and decides nothing but to refuse what cannot be verified as it was asked to be.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Self
 
 from cloudckpt.engine.contents import Ask, Contents, Located
-from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
+from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions, unverifiable
 from cloudckpt.engine.session import Session
 from cloudckpt.store.protocols import Store
 from cloudckpt.threads import in_thread
@@ -51,6 +51,7 @@ class Access:
 
         Raises:
             IntegrityError, StoreError: as `engine.read.read_regions` and `Contents.locate`.
+            UsageError: all is to be verified, and what is there has no checksums; nothing was fetched.
         """
         is_proven = False
         while not is_proven:
@@ -58,7 +59,9 @@ class Access:
             is_proven = self._session.run(partial(self._read, located, build(located)))
 
     def locate(self, asks: Iterable[Ask]) -> Located:
-        """See `Contents.locate`."""
+        """See `Contents.locate`; raises UsageError as `read` does."""
+        if self.options.verify != "frames" and self.contents.format != "cloudckpt":
+            raise unverifiable(f"this checkpoint (of format {self.contents.format})", self.options.verify)
         return self._session.run(lambda store: self.contents.locate(store, asks, self.options, self.stats))
 
     async def _read(self, located: Located, wanted: Sequence[Wanted], store: Store) -> bool:

@@ -177,6 +177,13 @@ def _offset(read: RegionRead, region: Region) -> int:
     return sum(o * s for o, s in zip(inside.offsets, strides, strict=True))
 
 
+def is_of_whole_frames(read: RegionRead) -> bool:
+    """Whether what is wanted is one run of bytes that begins and ends where frames do."""
+    span = span_of(read.region, read.shape, read.itemsize)
+    is_end = span.stop % read.frame_size == 0 or span.stop == prod(read.shape) * read.itemsize
+    return len(span) == read.nbytes and span.start % read.frame_size == 0 and is_end
+
+
 def frame_range(read: RegionRead, frame: int) -> Range:
     """The bytes of the chunk's frame of that index, counted from the chunk's first byte."""
     nbytes = prod(read.shape) * read.itemsize

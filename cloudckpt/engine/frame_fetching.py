@@ -1,21 +1,69 @@
-"""The way down of shards with extensions, planned: regions into stored frames, frames into ranged requests.
+"""The way down by whole frames, planned: regions into stored frames, frames into ranged requests.
 
 Law: pure. Each frame that holds something wanted is asked for once, whoever wants it.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from math import gcd, prod
+
+from awscrt.checksums import combine_crc32c
+from msgspec.structs import replace
 
 from cloudckpt.engine.fetching import RegionRead, StoredFrames, frame_range, rows_of
+from cloudckpt.extensions.base import FrameContext
 from cloudckpt.ranges import Range, Region, coalesce, rectangles, span_of, strides_of
 
 
 @dataclass(frozen=True, slots=True)
 class FramedRead:
-    """A read of a chunk whose frames were transformed."""
+    """A read of a chunk by whole frames, because they were transformed or because nothing less can be verified.
+
+    Attributes:
+        read: whose frames are those of the shard, or several of them joined.
+        stored: where they lie.
+        joined: how many of the shard's are one here.
+    """
 
     read: RegionRead
     stored: StoredFrames
+    joined: int = 1
+
+
+class _AsStored:
+    """Restores frames that were not transformed."""
+
+    def restore(self, stored: memoryview, frame: FrameContext, nbytes: int) -> memoryview:
+        """See `Restorer.restore`."""
+        del frame, nbytes
+        return stored
+
+
+def by_frames(read: RegionRead) -> FramedRead:
+    """The same read of a plain shard, by whole frames.
+
+    Frames that begin within an element are taken several at a time, as many as begin and end between elements.
+    """
+    joined = read.itemsize // gcd(read.frame_size, read.itemsize)
+    frame_size = joined * read.frame_size
+    nbytes = prod(read.shape) * read.itemsize
+    checksums = read.checksums
+    if joined > 1:
+        sizes = [len(frame_range(read, i)) for i in range(len(checksums))]
+        checksums = [
+            reduce(lambda crc, i: combine_crc32c(crc, read.checksums[i], sizes[i]), some, 0)
+            for some in (range(i, min(i + joined, len(sizes))) for i in range(0, len(sizes), joined))
+        ]
+    stored = StoredFrames(
+        chain=_AsStored(),
+        token="",
+        item="",
+        number_size=1,
+        first=read.start,
+        starts=(*range(read.start, read.start + nbytes, frame_size), read.start + nbytes),
+    )
+    return FramedRead(replace(read, frame_size=frame_size, checksums=checksums), stored, joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +93,7 @@ class FramesFetch:
 
 
 def plan_frame_fetches(reads: Sequence[FramedRead], *, max_request_size: int, max_gap: int) -> list[FramesFetch]:
-    """Turns reads of shards with extensions into requests.
+    """Turns reads by whole frames into requests.
 
     Args:
         reads: any number; empty regions ask for nothing.
@@ -53,14 +101,18 @@ def plan_frame_fetches(reads: Sequence[FramedRead], *, max_request_size: int, ma
             frame is larger.
         max_gap: see `ranges.is_bridged`.
     """
-    users: dict[str, dict[int, list[int]]] = {}
+    users: dict[str, dict[tuple[int, int, int], list[int]]] = {}
     for i, framed in enumerate(reads):
-        by_number = users.setdefault(framed.read.key, {})
+        by_place = users.setdefault(framed.read.key, {})
         for index in frames_of(framed.read, framed.read.region):
-            by_number.setdefault(framed.stored.first + index, []).append(i)
+            place = framed.stored.first + index, framed.read.start, framed.read.frame_size
+            by_place.setdefault(place, []).append(i)
     fetches: list[FramesFetch] = []
-    for key, by_number in users.items():
-        frames = [_wanted(reads[mine[0]], number, mine) for number, mine in sorted(by_number.items())]
+    for key, by_place in users.items():
+        frames = [
+            wanted_frame(reads[mine[0]], number - reads[mine[0]].stored.first, mine)
+            for (number, _, _), mine in sorted(by_place.items())
+        ]
         for group in coalesce((f.at for f in frames), max_gap=max_gap, max_size=max_request_size):
             fetches += (_fetch(key, some) for some in _limited([frames[i] for i in group], max_request_size))
     return fetches
@@ -70,8 +122,8 @@ def _fetch(key: str, frames: Sequence[WantedFrame]) -> FramesFetch:
     return FramesFetch(key, Range(frames[0].at.start, frames[-1].at.stop), tuple(frames))
 
 
-def _wanted(framed: FramedRead, number: int, users: list[int]) -> WantedFrame:
-    index = number - framed.stored.first
+def wanted_frame(framed: FramedRead, index: int, users: Sequence[int]) -> WantedFrame:
+    """The chunk's frame of that index, wanted by the reads of the indices ``users``."""
     at = Range(framed.stored.starts[index], framed.stored.starts[index + 1])
     return WantedFrame(at, index, len(frame_range(framed.read, index)), tuple(users))
 

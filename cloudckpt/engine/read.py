@@ -8,15 +8,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Literal, get_args
 
 from awscrt.checksums import combine_crc32c, crc32c
 from msgspec import Struct
 
 from cloudckpt.engine.budget import AHEAD, Budget, BufferPool, share_of
-from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, plan_fetches
-from cloudckpt.engine.frame_fetching import FramedRead, plan_frame_fetches
-from cloudckpt.engine.read_frames import WantedFrames, fetch_frames, fetch_nbytes
-from cloudckpt.engine.sinks import Sink, damaged
+from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, is_of_whole_frames, plan_fetches
+from cloudckpt.engine.frame_fetching import FramedRead, by_frames, plan_frame_fetches
+from cloudckpt.engine.read_frames import WantedFrames, fetch_again, fetch_frames, fetch_nbytes, read_again
+from cloudckpt.engine.sinks import Sink
 from cloudckpt.errors import UsageError
 from cloudckpt.extensions.keys import Keys
 from cloudckpt.extensions.registry import ExtensionRegistry
@@ -26,7 +27,9 @@ from cloudckpt.threads import in_thread
 
 _LEAST_REQUEST_SIZE = 8 << 20
 _FRAMES_REQUEST_SIZE = 32 << 20
-"""Of frames with extensions, at most: they lie in memory until they are restored."""
+"""Of frames that are taken whole, at most: they lie in memory until they are restored."""
+
+Verify = Literal["frames", "strict", "before"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,12 @@ class ReadOptions:
         registry: knows the extensions that checkpoints may name, if others than cloudckpt's own.
         keys: for what is encrypted: a `KeyProvider`, or 32-byte keys by id as a mapping or a function.
         require_seal: refuse a checkpoint that was not saved with encryption on, and so could be anybody's.
+        verify: what is proven by checksums, and when. ``"frames"``: every frame that arrives whole; a read of a part
+            of one fetches only what it needs, which nothing proves. ``"strict"``: everything that is handed out,
+            because frames are always fetched whole. ``"before"``: as ``"strict"``, and nothing reaches its
+            destination before it was verified, so that after a failed load each frame of it holds what it held or
+            what was saved; everything goes through memory of the budget and is copied once. Frames with extensions
+            are always read so. What others wrote has no checksums, and cannot be read by the latter two.
     """
 
     max_request_size: int = 64 << 20
@@ -61,6 +70,7 @@ class ReadOptions:
     registry: ExtensionRegistry | None = None
     keys: Keys | None = field(default=None, repr=False)
     require_seal: bool = False
+    verify: Verify = "frames"
 
     def __post_init__(self) -> None:
         if self.max_request_size < 1 or self.max_inflight_nbytes < 1 or self.max_gap < 0:
@@ -72,6 +82,9 @@ class ReadOptions:
         if self.concurrency < 1:
             msg = f"concurrency={self.concurrency} must be at least 1"
             raise UsageError(msg)
+        if self.verify not in get_args(Verify):
+            msg = f"verify={self.verify!r} must be one of {', '.join(map(repr, get_args(Verify)))}"
+            raise UsageError(msg)
 
 
 @dataclass(slots=True)
@@ -79,7 +92,7 @@ class Stats:
     """What reading did, counting up.
 
     Attributes:
-        requests: ranged GETs that brought data.
+        requests: ranged GETs that brought data, those of frames that had to be fetched again included.
         bytes_fetched: their bytes.
         bytes_needed: bytes that were asked for.
         seconds: of wall time.
@@ -109,26 +122,30 @@ class _Fragment:
     crc32c: int
 
 
-async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats) -> None:
-    """Reads all regions into their sinks. Whole frames that arrive are verified.
+_Placing = tuple[Wanted, Range, Region | None, memoryview]
+"""What holds bytes that arrived: for whom, which of the shard's, and the rectangle to place where there is one."""
 
-    On failure the contents of all sinks are undefined.
+
+async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats) -> None:
+    """Reads all regions into their sinks, verified as `ReadOptions.verify` says.
+
+    A frame that does not match its checksum is fetched once more, with a warning: what was damaged on its way heals.
+    On failure the contents of all sinks are undefined, unless ``verify="before"``.
 
     Raises:
-        IntegrityError: a frame does not match its checksum, or cannot be restored.
+        IntegrityError: a frame does not match its checksum, twice, or cannot be restored.
         StoreError: a shard is missing, shorter than the manifest says, or could not be read.
+        UsageError: all is to be verified, and there are no checksums; nothing was fetched.
     """
     began = perf_counter()
-    reads = [w.read for w in wanted]
-    plain = [w for w in wanted if w.read.stored is None]
-    framed = [WantedFrames(w.name, FramedRead(w.read, w.read.stored), w.sink) for w in wanted if w.read.stored]
+    plain, framed = _by_way(wanted, options.verify)
+    reads = [w.read for w in plain]
+    is_placed = any(not read.is_direct for read in reads)
     fetches = plan_fetches(
-        [w.read for w in plain], max_request_size=_request_size(options, plain), max_gap=options.max_gap
+        reads, max_request_size=_request_size(options, reads, is_placed=is_placed), max_gap=options.max_gap
     )
     frame_fetches = plan_frame_fetches(
-        [w.framed for w in framed],
-        max_request_size=min(options.max_request_size, options.max_inflight_nbytes, _FRAMES_REQUEST_SIZE),
-        max_gap=options.max_gap,
+        [w.framed for w in framed], max_request_size=_frames_request_size(options, framed), max_gap=options.max_gap
     )
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD)
     limited = _Limited(store, options.concurrency)
@@ -136,26 +153,56 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
     fragments: list[_Fragment] = []
     async with asyncio.TaskGroup() as group:  # what takes longest first, so that the end is short
         for frames in frame_fetches:
-            granted = await budget.take(fetch_nbytes(frames))
+            granted = await budget.take(fetch_nbytes(frames, framed))
             task = group.create_task(fetch_frames(limited, frames, framed, pool))
             budget.give_when_done(task, granted)
         for fetch in sorted(fetches, key=lambda f: -len(f.at)):
             granted = await budget.take(_scratch_nbytes(fetch))
             task = group.create_task(_fetch(limited, fetch, plain, pool, fragments))
             budget.give_when_done(task, granted)
-    _verify_fragments(fragments)
-    stats.requests += len(fetches) + len(frame_fetches)
-    stats.bytes_fetched += sum(len(f.at) for f in fetches) + sum(len(f.at) for f in frame_fetches)
-    stats.bytes_needed += sum(r.nbytes for r in reads)
+    for of, frame in _unsound(fragments):
+        again = by_frames(of.read)
+        await read_again(limited, WantedFrames(of.name, again, of.sink), frame // again.joined, pool)
+    stats.requests += limited.requests
+    stats.bytes_fetched += limited.nbytes
+    stats.bytes_needed += sum(w.read.nbytes for w in wanted)
     stats.seconds += perf_counter() - began
 
 
-def _request_size(options: ReadOptions, wanted: Sequence[Wanted]) -> int:
+def _by_way(wanted: Sequence[Wanted], verify: Verify) -> tuple[list[Wanted], list[WantedFrames]]:
+    """Those that are read to the byte, and those that are read by whole frames, through memory of the budget."""
+    plain, framed = [], []
+    for w in wanted:
+        if verify != "frames" and not w.read.checksums and w.read.nbytes:
+            raise unverifiable(w.name, verify)
+        if w.read.stored is not None:
+            framed.append(WantedFrames(w.name, FramedRead(w.read, w.read.stored), w.sink))
+        elif verify == "before" or (verify == "strict" and not is_of_whole_frames(w.read)):
+            framed.append(WantedFrames(w.name, by_frames(w.read), w.sink))
+        else:
+            plain.append(w)
+    return plain, framed
+
+
+def unverifiable(name: str, verify: Verify) -> UsageError:
+    """The error for what has no checksums and is to be verified."""
+    return UsageError(
+        f"{name} was not written by cloudckpt and has no checksums, so verify={verify!r} cannot be kept: "
+        "read it with verify='frames', or save it with cloudckpt first"
+    )
+
+
+def _frames_request_size(options: ReadOptions, wanted: Sequence[WantedFrames]) -> int:
+    most = min(options.max_request_size, options.max_inflight_nbytes, _FRAMES_REQUEST_SIZE)
+    as_stored = [w.framed.read for w in wanted if w.framed.read.stored is None]
+    return min(most, _request_size(options, as_stored, is_placed=True)) if as_stored else most
+
+
+def _request_size(options: ReadOptions, reads: Sequence[RegionRead], *, is_placed: bool) -> int:
     """Bytes of a ranged GET: less where they take memory, so that the budget has room for all that are under way."""
-    is_placed = any(not w.read.is_direct for w in wanted)
     share = share_of(options.max_inflight_nbytes, options.concurrency)
     return balanced_size(
-        sum(w.read.nbytes for w in wanted),
+        sum(read.nbytes for read in reads),
         most=min(options.max_request_size, share) if is_placed else options.max_request_size,
         ways=options.concurrency,
         least=_LEAST_REQUEST_SIZE,
@@ -168,11 +215,14 @@ class _Limited:
 
     def __init__(self, store: Get, concurrency: int) -> None:
         self._store = store
-        self._requests = asyncio.Semaphore(concurrency)
+        self._slots = asyncio.Semaphore(concurrency)
+        self.requests = self.nbytes = 0
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
-        async with self._requests:
+        async with self._slots:
             await self._store.get_range(key, at, into)
+        self.requests += 1
+        self.nbytes += len(at)
 
 
 async def _fetch(
@@ -194,7 +244,13 @@ async def _fetch(
         placing.append((wanted[piece.read], piece.at, piece.region, view))
         position = piece.at.stop
     await store.get_range(fetch.key, fetch.at, [v for v in views if len(v)])
-    fragments += await in_thread(_verify_and_place, placing)
+    some, unsound = await in_thread(_verify_and_place, placing)
+    if unsound:
+        for of, frame, view in unsound:
+            at, checksum = frame_range(of.read, frame).shift(of.read.start), of.read.checksums[frame]
+            await fetch_again(store, view, name=of.name, key=of.read.key, frame=frame, at=at, checksum=checksum)
+        await in_thread(_place, placing)
+    fragments += some
     pool.give(scratch)
 
 
@@ -204,8 +260,9 @@ def _scratch_nbytes(fetch: Fetch) -> int:
     return len(fetch.at) - direct
 
 
-def _verify_and_place(placing: list[tuple[Wanted, Range, Region | None, memoryview]]) -> list[_Fragment]:
-    fragments = []
+def _verify_and_place(placing: Sequence[_Placing]) -> tuple[list[_Fragment], list[tuple[Wanted, int, memoryview]]]:
+    """Places all if it is sound, as far as frames came whole; returns those that did not, and unsound ones."""
+    fragments, unsound = [], []
     for wanted, at, _, view in placing:
         read = wanted.read
         if not read.checksums:
@@ -215,28 +272,39 @@ def _verify_and_place(placing: list[tuple[Wanted, Range, Region | None, memoryvi
             whole = frame_range(read, frame)
             part = whole.intersect(here)
             inside = part.shift(-here.start)
-            crc = crc32c(view[inside.start : inside.stop])
+            data = view[inside.start : inside.stop]
+            crc = crc32c(data)
             if part != whole:
                 fragments.append(_Fragment(wanted, frame, part, crc))
             elif crc != read.checksums[frame]:
-                raise damaged(wanted.name, read.key, whole.shift(read.start))
+                unsound.append((wanted, frame, data))
+    if not unsound:
+        _place(placing)
+    return fragments, unsound
+
+
+def _place(placing: Sequence[_Placing]) -> None:
     for wanted, _, region, view in placing:
         if region is not None:
             wanted.sink.place(region, view)
-    return fragments
 
 
-def _verify_fragments(fragments: list[_Fragment]) -> None:
-    """Checks the frames that several requests brought."""
-    frames: dict[tuple[str, int, int], list[_Fragment]] = defaultdict(list)
+def _unsound(fragments: Sequence[_Fragment]) -> list[tuple[Wanted, int]]:
+    """The frames that came in pieces, for one read or for several together, and are not sound, by who wants them."""
+    frames: dict[tuple[object, ...], list[_Fragment]] = defaultdict(list)
     for f in fragments:
+        frames[id(f.wanted), f.frame].append(f)
         frames[f.wanted.read.key, f.wanted.read.start, f.frame].append(f)
-    for (_, _, frame), parts in frames.items():
-        read = parts[0].wanted.read
-        whole = frame_range(read, frame)
-        crc, position = 0, whole.start
-        for f in sorted(parts, key=lambda f: f.at):
-            if f.at.start == position:
-                crc, position = combine_crc32c(crc, f.crc32c, len(f.at)), f.at.stop
-        if position == whole.stop and crc != read.checksums[frame]:
-            raise damaged(parts[0].wanted.name, read.key, whole.shift(read.start))
+    unsound = {(id(f.wanted), f.frame): f for parts in frames.values() if not _is_sound(parts) for f in parts}
+    return [(f.wanted, f.frame) for f in unsound.values()]
+
+
+def _is_sound(parts: Sequence[_Fragment]) -> bool:
+    """Whether a frame's fragments match its checksum; they do if they are not all of it."""
+    read, frame = parts[0].wanted.read, parts[0].frame
+    whole = frame_range(read, frame)
+    crc, position = 0, whole.start
+    for f in sorted(parts, key=lambda f: f.at):
+        if f.at.start == position:
+            crc, position = combine_crc32c(crc, f.crc32c, len(f.at)), f.at.stop
+    return position != whole.stop or crc == read.checksums[frame]

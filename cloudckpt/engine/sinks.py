@@ -41,10 +41,9 @@ class MemorySink:
         self.memory[start : start + region.sizes[0]] = data
 
 
-def damaged(name: str, key: str, at: Range) -> IntegrityError:
-    """The error for stored bytes that do not match their checksum."""
+def damaged(name: str, key: str, frame: int, at: Range) -> IntegrityError:
+    """The error for a frame of an item that does not match its checksum, asked for twice."""
     return IntegrityError(
-        f"{name}: bytes {at.start} to {at.stop} of {key} do not match their "
-        "checksum: the stored shard is damaged, or the bytes were damaged on their way; load again, "
-        "and if it stays so, load an earlier checkpoint"
+        f"{name}: bytes {at.start} to {at.stop} of {key} do not match their checksum, nor did they when they were "
+        f"asked for again: frame {frame} of the item is damaged in the store; load an earlier checkpoint"
     )
