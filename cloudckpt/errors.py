@@ -135,6 +135,10 @@ class CredentialsError(StoreError):
     """No credentials were found, or the store does not accept them."""
 
 
+class StaleCredentialsError(CredentialsError):
+    """The store calls the credentials expired; nothing was carried out. May be asked again: with fresh ones."""
+
+
 class PermissionDeniedError(StoreError):
     """The credentials are good but do not allow this."""
 
@@ -151,8 +155,21 @@ class NotImplementedByStoreError(StoreError):
     """The store does not know this kind of request."""
 
 
+class ChecksumsNotKnownError(NotImplementedByStoreError):
+    """The store refused a request that carried a checksum, which it was not known to know; nothing was carried out.
+
+    May be asked again: without one.
+    """
+
+
 class StoreUnavailableError(StoreError):
-    """No usable answer: a timeout, a lost connection, a 5xx. The request may have been carried out."""
+    """No usable answer: a timeout, a lost connection, a 5xx. The request may have been carried out.
+
+    Attributes:
+        retry_after_s: how long the store asks to be left alone, if it says.
+    """
+
+    retry_after_s: float | None = None
 
 
 class ThrottledError(StoreUnavailableError):

@@ -9,7 +9,7 @@ from awscrt.checksums import crc32c
 
 from cloudckpt.errors import CredentialsError, PermissionDeniedError, StoreUnavailableError
 from cloudckpt.ranges import Range
-from cloudckpt.store.protocols import IfAbsent, Part, Upload
+from cloudckpt.store.protocols import IfAbsent, IfMatch, Part, Upload
 from cloudckpt.store.s3 import S3Store
 from cloudckpt.store.s3_options import S3Options
 from rude_server import (
@@ -69,6 +69,14 @@ async def listed(store):
     return [found.key async for found in store.list_objects()]
 
 
+async def named(store):
+    return [name async for name in store.list_names()]
+
+
+async def under_way(store):
+    return [upload.key async for upload in store.list_uploads()]
+
+
 CALLS = {
     "get": lambda store: store.get("k"),
     "get_range": lambda store: store.get_range("k", Range(0, PIECE), [memoryview(bytearray(PIECE))]),
@@ -82,7 +90,10 @@ CALLS = {
     ),
     "abort_upload": lambda store: store.abort_upload(UPLOAD),
     "list_objects": listed,
+    "list_names": named,
+    "list_uploads": under_way,
     "delete": lambda store: store.delete(["k"]),
+    "delete_if": lambda store: store.delete_if("k", IfMatch(etag(BODY))),
 }
 UPLOADS = {name: CALLS[name] for name in ("put", "put_part")}
 

@@ -44,6 +44,9 @@ def test_every_error_is_a_checkpoint_error_without_an_init_of_its_own(kind):
         (errors.DtypeMismatchError, TypeError),
         (errors.ObjectNotFoundError, StoreError),
         (errors.StoreUnavailableError, StoreError),
+        (errors.StaleCredentialsError, errors.CredentialsError),
+        (errors.ChecksumsNotKnownError, errors.NotImplementedByStoreError),
+        (errors.ThrottledError, errors.StoreUnavailableError),
         (errors.NotCommittedError, errors.CheckpointNotFoundError),
         (errors.UnsupportedVersionError, errors.ManifestError),
     ],
@@ -57,6 +60,13 @@ def test_an_error_is_caught_by_the_class_its_handler_expects(kind, builtin):
 def test_the_message_of_a_missing_key_is_not_a_repr():
     assert str(MissingKeyError("no entry 'a\\b'\nsee keys()")) == "no entry 'a\\b'\nsee keys()"
     assert str(pickle.loads(pickle.dumps(MissingKeyError("plain")))) == "plain"
+
+
+def test_how_long_the_store_asks_to_be_left_alone_survives_pickle():
+    error = errors.ThrottledError("busy")
+    assert error.retry_after_s is None
+    error.retry_after_s = 2.5
+    assert pickle.loads(pickle.dumps(error)).retry_after_s == 2.5
 
 
 def test_an_error_outside_a_group_is_itself():

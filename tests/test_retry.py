@@ -8,12 +8,16 @@ from awscrt.checksums import crc32c
 from cloudckpt.errors import (
     BucketNotFoundError,
     ChecksumRefusedError,
+    ChecksumsNotKnownError,
     CredentialsError,
+    NotImplementedByStoreError,
     ObjectNotFoundError,
     PermissionDeniedError,
     PreconditionFailedError,
+    StaleCredentialsError,
     StoreError,
     StoreUnavailableError,
+    ThrottledError,
 )
 from cloudckpt.ranges import Range
 from cloudckpt.store.memory import Bucket, MemoryStore
@@ -109,6 +113,13 @@ async def call_abort_upload(store, under_way):
     assert [u async for u in store.list_uploads()] == []
 
 
+RETRIED = [
+    StoreUnavailableError,
+    ThrottledError,
+    ChecksumRefusedError,
+    StaleCredentialsError,
+    ChecksumsNotKnownError,
+]
 CALLS = {
     "get": call_get,
     "get_range": call_get_range,
@@ -137,7 +148,7 @@ async def test_an_answer_that_comes_at_once_is_asked_for_once(method):
     assert flaky.asked() == 1
 
 
-@pytest.mark.parametrize("kind", [StoreUnavailableError, ChecksumRefusedError])
+@pytest.mark.parametrize("kind", RETRIED)
 @EVERY
 async def test_what_may_pass_is_asked_again_until_it_does(method, kind):
     flaky, under_way = await prepared(method, [kind("one"), kind("two"), kind("three")])
@@ -163,6 +174,7 @@ async def test_a_request_whose_answer_was_lost_is_asked_again(method):
         CredentialsError,
         PermissionDeniedError,
         PreconditionFailedError,
+        NotImplementedByStoreError,
         ValueError,
     ],
 )
@@ -188,6 +200,30 @@ async def test_a_conditional_put_is_never_asked_again(condition, is_reply_lost, 
     with pytest.raises(kind):
         await retrying(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=condition, crc32c=CRC)
     assert flaky.requests == [("put", "new")]
+
+
+@pytest.mark.parametrize("kind", [StaleCredentialsError, ChecksumsNotKnownError])
+async def test_a_conditional_put_that_was_certainly_not_carried_out_is_asked_again(kind):
+    flaky = FlakyStore(memory(), "put", [kind("no"), kind("still no")])
+    await retrying(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=IfAbsent(), crc32c=CRC)
+    assert flaky.asked() == 3
+    with pytest.raises(PreconditionFailedError):
+        await retrying(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=IfAbsent(), crc32c=CRC)
+
+
+async def test_one_that_is_in_doubt_after_that_is_not():
+    flaky = FlakyStore(memory(), "put", [StaleCredentialsError("expired"), StoreUnavailableError("lost")])
+    with pytest.raises(StoreUnavailableError):
+        await retrying(flaky, AT_ONCE).put("new", [memoryview(DATA)], condition=IfAbsent(), crc32c=CRC)
+    assert flaky.asked() == 2
+
+
+async def test_a_conditional_delete_that_was_certainly_not_carried_out_is_asked_again():
+    store = memory()
+    etag = await store.put("k", [memoryview(DATA)])
+    flaky = FlakyStore(store, "delete_if", [StaleCredentialsError("expired")])
+    await retrying(flaky, AT_ONCE).delete_if("k", IfMatch(etag))
+    assert flaky.asked() == 2
 
 
 async def test_a_conditional_put_keeps_its_condition():
@@ -245,6 +281,42 @@ async def test_each_retry_is_a_warning(caplog):
     assert len(warned) == 2
     assert "attempt 1 failed" in warned[0]
     assert "busier" in warned[1]
+
+
+def busy(retry_after_s):
+    error = ThrottledError("busy")
+    error.retry_after_s = retry_after_s
+    return error
+
+
+def waits(caplog):
+    return [r.getMessage().split("next in ")[1].split(" s")[0] for r in caplog.records]
+
+
+async def test_what_the_server_asks_for_is_waited_and_never_more_than_the_cap(caplog):
+    flaky = FlakyStore(memory(), "delete", [busy(0.01), busy(1e9), busy(None)])
+    how = RetryOptions(retry_base_s=0, retry_cap_s=0.02)
+    await retrying(flaky, how).delete(["k"])
+    assert waits(caplog) == ["0.01", "0.02", "0.00"]
+
+
+async def test_what_the_server_asks_for_takes_nothing_from_the_jitter(caplog):
+    flaky = FlakyStore(memory(), "delete", [busy(0) for _ in range(20)])
+    await retrying(flaky, RetryOptions(retry_base_s=0.03, retry_cap_s=0.03)).delete(["k"])
+    assert len(set(waits(caplog))) > 1
+
+
+async def test_a_wait_beyond_the_deadline_is_not_begun():
+    flaky = FlakyStore(memory(), "delete", [busy(100)])
+    with pytest.raises(ThrottledError):
+        await retrying(flaky, RetryOptions(retry_cap_s=50, retry_deadline_s=40)).delete(["k"])
+    assert flaky.asked() == 1
+
+
+async def test_no_number_of_attempts_is_too_large():
+    flaky = FlakyStore(memory(), "delete", [StoreUnavailableError("busy") for _ in range(1200)])
+    await retrying(flaky, RetryOptions(retry_base_s=1e-9, retry_cap_s=1e-9)).delete(["k"])
+    assert flaky.asked() == 1201
 
 
 # Completing an upload whose answer was lost.

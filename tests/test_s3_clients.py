@@ -1,6 +1,9 @@
 """Clients that are shared, and kept for the next."""
 
 import asyncio
+import subprocess
+import sys
+from secrets import token_hex
 
 import pytest
 
@@ -67,6 +70,74 @@ async def test_no_more_are_kept_than_a_few():
     for port in range(11, 25):
         await use(S3Options(endpoint_url=f"http://127.0.0.1:{port}", access_key_id="a", secret_access_key="b"))
     assert await use() is not first
+
+
+FORK = """
+import asyncio, os, select, sys
+from awscrt.checksums import crc32c
+from cloudckpt.engine.session import Session
+from cloudckpt.store.s3_options import Credentials, S3Options
+from cloudckpt.store.url import StoreOptions
+
+asked = []
+
+def give():
+    asked.append(os.getpid())
+    return Credentials(access_key_id={access_key!r}, secret_access_key={secret_key!r})
+
+how = S3Options(endpoint_url={url!r}, region="us-east-1", addressing_style="path", credentials=give)
+session = Session("s3://checkpoints/{prefix}", StoreOptions(s3=how))
+
+async def work(store, whose, round):
+    async def one(i):
+        body = f"{{whose}} {{round}} {{i}}".encode() * 50_000
+        key = f"{{whose}}/{{i}}"
+        await store.put(key, [memoryview(body)], crc32c=crc32c(body))
+        assert (await store.get(key)).data == body
+    async with asyncio.TaskGroup() as group:
+        for i in range(6):
+            group.create_task(one(i))
+
+def works(whose, round):
+    session.run(lambda store: work(store, whose, round))
+
+{before}
+under_way, ended = os.pipe(), os.pipe()
+child = os.fork()
+if child == 0:
+    works("child", 0)
+    os.write(under_way[1], b"x")
+    round = 1
+    while not select.select([ended[0]], [], [], 0)[0]:
+        works("child", round)
+        round += 1
+    assert asked[-1] == os.getpid()
+    sys.exit(0)
+os.read(under_way[0], 1)
+for round in range(5):
+    works("parent", round)
+os.write(ended[1], b"x")
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+works("parent", 6)
+assert set(asked) == {{os.getpid()}}
+"""
+
+
+@pytest.mark.parametrize(
+    "before", ["pass", "works('before', 0)"], ids=["before its first use", "after its first use"]
+)
+def test_a_parent_and_its_child_talk_to_a_server_at_the_same_time(before, server):
+    script = FORK.format(
+        url=server.endpoint_url,
+        access_key=server.access_key,
+        secret_key=server.secret_key,
+        prefix=token_hex(6),
+        before=before,
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -11,11 +11,14 @@ import pytest
 from awscrt.checksums import crc32c
 
 from cloudckpt.errors import (
+    ChecksumRefusedError,
+    CredentialsError,
     ObjectNotFoundError,
     PermissionDeniedError,
     PreconditionFailedError,
     StoreError,
     StoreUnavailableError,
+    ThrottledError,
 )
 from rude_server import (
     RudeServer,
@@ -222,7 +225,8 @@ MEANINGS = [
 @pytest.mark.parametrize("body", [b"", GARBAGE], ids=["nothing", "html"])
 @over({name: CALLS[name] for name in ("get", "put", "list_objects")})
 async def test_a_refusal_without_a_code_is_told_by_its_status(call, body, status, kind):
-    async with opened(saying(head(status, len(body)) + body)) as (server, store):
+    # One that insists on checksums takes no refusal for one of them.
+    async with opened(saying(head(status, len(body)) + body), checksum="always") as (server, store):
         with pytest.raises(kind) as e:
             await call(store)
         assert type(e.value) is kind or kind is not StoreError
@@ -260,16 +264,40 @@ async def test_a_body_after_the_reply_to_a_head_never_passes_for_an_answer(delay
         assert server.asked("/k").count("HEAD") <= 2
 
 
-async def test_an_error_after_200_is_an_error():
-    body = error_xml("InternalError")
-    async with opened(saying(head(200, len(body)) + body)) as (server, store):
-        with pytest.raises(StoreUnavailableError):
-            await CALLS["complete_upload"](store)
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("InternalError", StoreUnavailableError),
+        ("SlowDown", ThrottledError),
+        ("AccessDenied", PermissionDeniedError),
+        ("ExpiredToken", CredentialsError),
+        ("NoSuchUpload", ObjectNotFoundError),
+        ("BadDigest", ChecksumRefusedError),
+        ("Unheard", StoreUnavailableError),
+    ],
+)
+@over({name: CALLS[name] for name in ("complete_upload", "create_upload", "list_objects", "list_uploads")})
+async def test_an_error_after_200_is_that_error(call, code, kind):
+    # docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html says that it may
+    body = error_xml(code)
+    async with opened(saying(head(200, len(body)) + body), checksum="always") as (server, store):
+        with pytest.raises(kind):
+            await call(store)
         assert len(server.requests) == 1
         await serves(store)
 
 
-@pytest.mark.parametrize("name", ["list_objects", "complete_upload", "create_upload"])
+@pytest.mark.parametrize("body", [GARBAGE, error_xml("InternalError")], ids=["html", "error"])
+@over(UPLOADS)
+async def test_a_200_that_names_no_object_is_no_success_of_an_upload(call, body):
+    async with opened(saying(head(200, len(body)) + body)) as (server, store):
+        with pytest.raises(StoreError):
+            await call(store)
+        assert len(server.requests) == 1
+        await serves(store)
+
+
+@pytest.mark.parametrize("name", ["list_objects", "list_names", "list_uploads", "complete_upload", "create_upload"])
 @pytest.mark.parametrize("body", [b"", GARBAGE, b"<?xml version='1.0'?><Lis"], ids=["nothing", "html", "half"])
 async def test_an_answer_that_is_not_xml_is_a_store_error(name, body):
     async with opened(saying(head(200, len(body)) + body)) as (server, store):

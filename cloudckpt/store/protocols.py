@@ -3,9 +3,11 @@
 Law: contracts only. Every implementation runs the one conformance suite in ``tests/test_store.py``.
 
 A store is rooted at a URL and all keys are relative to it. Every method is one request to the server (a
-listing: one per page; a deletion: one per batch), is never re-sent by the store, and raises a `StoreError`
+listing: one per page; a deletion: one per batch, or per key where the server knows no batches), is never re-sent by
+the store, and raises a `StoreError`
 whose class says what to do: `ObjectNotFoundError`, `BucketNotFoundError`, `CredentialsError`,
 `PermissionDeniedError`, `PreconditionFailedError`, `ChecksumRefusedError`, `NotImplementedByStoreError`,
+`StaleCredentialsError` and `ChecksumsNotKnownError` (may be asked again; nothing was carried out),
 `StoreUnavailableError` (may be asked again; the request may have been carried out), or `StoreError` itself.
 
 Bodies are runs of buffers, sent in order as they lie; the caller keeps them unchanged until the call returns.
@@ -56,11 +58,19 @@ class Blob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upload:
-    """A multipart upload under way."""
+    """A multipart upload under way.
+
+    Attributes:
+        key: of the object that it becomes.
+        upload_id: the store's name for it.
+        started: by the server's clock, where a listing tells.
+        has_checksums: whether it was begun as one whose parts carry checksums: they are sent and named, or not.
+    """
 
     key: str
     upload_id: str
     started: datetime | None = None
+    has_checksums: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

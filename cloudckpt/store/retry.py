@@ -1,7 +1,7 @@
 """The only retries of the house: a store that asks another store again.
 
-Law: what is retried is decided by the error's class. A conditional put is never retried here, for only
-`engine.commit` can tell whether a lost one landed.
+Law: what is retried is decided by the error's class. A conditional request that may have been carried out is never
+retried here, for only `engine.commit` can tell whether a lost put landed.
 """
 
 import asyncio
@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import TypeVar
 
-from cloudckpt.errors import ChecksumRefusedError, ObjectNotFoundError, StoreUnavailableError
+from cloudckpt.errors import (
+    ChecksumRefusedError,
+    ChecksumsNotKnownError,
+    ObjectNotFoundError,
+    StaleCredentialsError,
+    StoreError,
+    StoreUnavailableError,
+)
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import (
     Blob,
@@ -33,7 +40,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _MANY_NBYTES = 4 << 20
 """Less is not worth a client on another event loop."""
-_RETRIED = (StoreUnavailableError, ChecksumRefusedError)
+_MOST_DOUBLINGS = 60
+"""More would only overflow."""
+_NOT_CARRIED_OUT = (StaleCredentialsError, ChecksumsNotKnownError)
+"""Refusals after which the next attempt is another: even a conditional request may be made again."""
+_RETRIED = (StoreUnavailableError, ChecksumRefusedError, *_NOT_CARRIED_OUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +52,12 @@ class RetryOptions:
     """How long a store is asked again.
 
     Attributes:
-        retry_deadline_s: from an operation's first failure; no attempt begins after it.
+        retry_deadline_s: from an operation's first failure (of a listing: from the first since its last new result);
+            no attempt begins after it.
         retry_base_s, retry_cap_s: the n-th wait is uniform between 0 and
             ``min(retry_cap_s, retry_base_s * 2**n)`` (full jitter:
-            aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter).
+            aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter), or what the server asks for by
+            ``Retry-After`` if that is longer, but not above ``retry_cap_s``.
     """
 
     retry_deadline_s: float = 60
@@ -53,7 +66,7 @@ class RetryOptions:
 
 
 class RetryingStore:
-    """Implements `Store` over another; listings are asked again from their beginning only by the caller."""
+    """Implements `Store` over another. A listing is asked again from its beginning, and yields nothing twice."""
 
     def __init__(self, store: Store, options: RetryOptions, traffic: Traffic, others: Sequence[Moves] = ()) -> None:
         """Wraps a store.
@@ -68,6 +81,7 @@ class RetryingStore:
         self._movers: Iterator[Moves] = cycle([store, *others])
         self._options = options
         self._traffic = traffic
+        self._keys_of_several: set[str] = set()  # whose uploads may have been begun more than once
         self.url = store.url
         self.identity = store.identity
 
@@ -88,16 +102,18 @@ class RetryingStore:
     ) -> str:
         """See `Put.put`."""
         if condition is not None:
-            return await self._store.put(key, body, condition=condition, crc32c=crc32c)
+            return await self._retry(
+                lambda: self._store.put(key, body, condition=condition, crc32c=crc32c), _NOT_CARRIED_OUT
+            )
         return await self._send(key, _nbytes(body), lambda: self._store.put(key, body, crc32c=crc32c))
 
     def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `List.list_objects`."""
-        return self._store.list_objects(prefix)
+        return self._list(lambda: self._store.list_objects(prefix), lambda found: found.key)
 
     def list_names(self, prefix: str = "") -> AsyncIterator[str]:
         """See `List.list_names`."""
-        return self._store.list_names(prefix)
+        return self._list(lambda: self._store.list_names(prefix), lambda name: name)
 
     async def delete(self, keys: Sequence[str]) -> None:
         """See `Delete.delete`."""
@@ -105,11 +121,22 @@ class RetryingStore:
 
     async def delete_if(self, key: str, condition: IfMatch) -> None:
         """See `Delete.delete_if`."""
-        await self._store.delete_if(key, condition)
+        await self._retry(lambda: self._store.delete_if(key, condition), _NOT_CARRIED_OUT)
 
     async def create_upload(self, key: str) -> Upload:
-        """See `Multipart.create_upload`."""
-        return await self._retry(lambda: self._store.create_upload(key))
+        """See `Multipart.create_upload`.
+
+        One whose answer was lost may be under way beside the one that this returns; it is aborted when that ends.
+        """
+
+        async def attempt() -> Upload:
+            try:
+                return await self._store.create_upload(key)
+            except StoreUnavailableError:
+                self._keys_of_several.add(key)
+                raise
+
+        return await self._retry(attempt)
 
     async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
         """See `Multipart.put_part`."""
@@ -138,15 +165,18 @@ class RetryingStore:
                     raise
                 return (await self._store.head(upload.key)).etag
 
-        return await self._retry(attempt)
+        etag = await self._retry(attempt)
+        await self._abort_others(upload)
+        return etag
 
     async def abort_upload(self, upload: Upload) -> None:
         """See `Multipart.abort_upload`."""
         await self._retry(lambda: self._store.abort_upload(upload))
+        await self._abort_others(upload)
 
     def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
-        return self._store.list_uploads(prefix)
+        return self._list(lambda: self._store.list_uploads(prefix), lambda upload: (upload.key, upload.upload_id))
 
     def _mover(self, nbytes: int) -> Moves:
         return next(self._movers) if nbytes >= _MANY_NBYTES else self._store
@@ -154,23 +184,72 @@ class RetryingStore:
     async def _send(self, what: str, nbytes: int, request: Callable[[], Awaitable[T]]) -> T:
         return await self._retry(lambda: self._traffic.send(what, nbytes, request))
 
-    async def _retry(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        o = self._options
-        end = math.inf
-        tries = 0
+    async def _abort_others(self, upload: Upload) -> None:
+        """Aborts those that nobody knows of, for the answer with their id was lost. No two of ours share a key."""
+        if upload.key not in self._keys_of_several:
+            return
+        try:
+            others = [u async for u in self.list_uploads(upload.key) if u.key == upload.key]
+            for other in others:
+                if other.upload_id != upload.upload_id:
+                    await self._retry(lambda other=other: self._store.abort_upload(other))  # type: ignore[misc]
+        except StoreError as e:
+            log.warning("an upload to %s may have been left under way; sweep removes it: %s", upload.key, e)
+        else:
+            self._keys_of_several.discard(upload.key)
+
+    async def _list(
+        self, listing: Callable[[], AsyncIterator[T]], identity: Callable[[T], object]
+    ) -> AsyncIterator[T]:
+        seen: set[object] = set()
+        patience = _Patience(self._options)
+        while True:
+            try:
+                async for found in listing():
+                    if (this := identity(found)) not in seen:
+                        seen.add(this)
+                        patience = _Patience(self._options)
+                        yield found
+                return
+            except _RETRIED as e:
+                if not await patience.waits_after(e):
+                    raise
+
+    async def _retry(
+        self, attempt: Callable[[], Awaitable[T]], retried: tuple[type[StoreError], ...] = _RETRIED
+    ) -> T:
+        patience = _Patience(self._options)
         while True:
             try:
                 return await attempt()
-            except _RETRIED as e:
-                wait = random.uniform(0, min(o.retry_cap_s, o.retry_base_s * 2**tries))  # noqa: S311 - no secret
-                if not tries:
-                    end = time.monotonic() + o.retry_deadline_s
-                tries += 1
-                if time.monotonic() + wait >= end:
-                    e.add_note(f"gave up after {tries} attempt(s) in {o.retry_deadline_s:g} s")
+            except retried as e:
+                if not await patience.waits_after(e):
                     raise
-                log.warning("attempt %d failed, next in %.2f s: %s", tries, wait, e)
-                await asyncio.sleep(wait)
+
+
+class _Patience:
+    """How often, and when, one operation is asked again."""
+
+    def __init__(self, options: RetryOptions) -> None:
+        self._options = options
+        self._end = math.inf
+        self._tries = 0
+
+    async def waits_after(self, error: StoreError) -> bool:
+        """Waits for the next attempt, if there is to be one; else the error is told why not."""
+        o = self._options
+        wait = random.uniform(0, min(o.retry_cap_s, o.retry_base_s * 2 ** min(self._tries, _MOST_DOUBLINGS)))  # noqa: S311 - no secret
+        if isinstance(error, StoreUnavailableError) and error.retry_after_s is not None:
+            wait = max(wait, min(o.retry_cap_s, error.retry_after_s))
+        if not self._tries:
+            self._end = time.monotonic() + o.retry_deadline_s
+        self._tries += 1
+        if time.monotonic() + wait >= self._end:
+            error.add_note(f"gave up after {self._tries} attempt(s) in {o.retry_deadline_s:g} s")
+            return False
+        log.warning("attempt %d failed, next in %.2f s: %s", self._tries, wait, error)
+        await asyncio.sleep(wait)
+        return True
 
 
 def _nbytes(body: Body) -> int:

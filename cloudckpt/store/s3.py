@@ -5,12 +5,14 @@ of requests on lost connections are both off.
 """
 
 import base64
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
-from cloudckpt.errors import StoreError
+from botocore.exceptions import ClientError
+
+from cloudckpt.errors import CredentialsError, StaleCredentialsError, StoreError
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import (
     Blob,
@@ -23,8 +25,10 @@ from cloudckpt.store.protocols import (
     Upload,
 )
 from cloudckpt.store.receive import receive
+from cloudckpt.store.s3_abilities import Abilities, ChecksumWay, abilities_of
 from cloudckpt.store.s3_clients import s3_client
-from cloudckpt.store.s3_errors import translated
+from cloudckpt.store.s3_credentials import renews, used_by
+from cloudckpt.store.s3_errors import code_of, kind_of, translated
 from cloudckpt.store.s3_http import ViewsBody
 from cloudckpt.store.s3_options import S3Options
 
@@ -48,6 +52,7 @@ class S3Store:
         self._prefix = prefix
         self._options = options
         self._client: Any = None
+        self._abilities: Abilities
         self._exit = AsyncExitStack()
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self.identity = f"{options.endpoint_url or 's3'}/{bucket}"
@@ -55,6 +60,7 @@ class S3Store:
     async def __aenter__(self) -> Self:
         with translated(self.url):
             self._client = await self._exit.enter_async_context(s3_client(self._options, is_kept=self._keeps_client))
+        self._abilities = abilities_of(self._client.meta.endpoint_url, self._bucket)
         return self
 
     async def __aexit__(
@@ -65,15 +71,14 @@ class S3Store:
 
     async def get(self, key: str) -> Blob:
         """See `Get.get`."""
-        with translated(f"{self.url}/{key}"):
+        with self._asked(key):
             reply = await self._client.get_object(**self._at(key))
             async with reply["Body"] as body:
                 return Blob(data=await body.read(), etag=reply["ETag"])
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
-        where = f"{self.url}/{key}"
-        with translated(where):
+        with self._asked(key) as where:
             reply = await self._client.get_object(**self._at(key), Range=f"bytes={at.start}-{at.stop - 1}")
             async with reply["Body"] as body:
                 if reply["ResponseMetadata"]["HTTPStatusCode"] != 206 or reply.get("ContentLength") != len(at):
@@ -83,8 +88,15 @@ class S3Store:
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
-        with translated(f"{self.url}/{key}"):
-            reply = await self._client.head_object(**self._at(key))
+        with self._asked(key) as where:
+            try:
+                reply = await self._client.head_object(**self._at(key))
+            except ClientError as e:
+                if code_of(e) == "400" and used_by(self._client._get_credentials()) is not None:
+                    # S3's answer to expired credentials, for a reply to HEAD has no body that could say so.
+                    msg = f"{where}: the credentials may have expired (HTTP 400)"
+                    raise StaleCredentialsError(msg) from e
+                raise
             return ObjectInfo(
                 key=key, size=reply["ContentLength"], etag=reply["ETag"], modified=reply["LastModified"]
             )
@@ -93,132 +105,197 @@ class S3Store:
         self, key: str, body: Body, *, condition: Condition | None = None, crc32c: int | None = None
     ) -> str:
         """See `Put.put`."""
-        with translated(f"{self.url}/{key}"):
+        way = self._abilities.objects
+        checksum = None if crc32c is None else self._checksum(way, crc32c)
+        with self._asked(key) as where, self._tried(way, where, with_checksum=checksum is not None):
             reply = await self._client.put_object(
                 **self._at(key),
                 Body=ViewsBody(body),
                 **_conditions(condition),
-                **self._checksum(crc32c),
+                **_sent(checksum),
                 **self._encryption(),
             )
             etag: str = reply["ETag"]
+            if checksum is not None:
+                self._abilities.look_at_echo(reply, checksum, where)
         return etag
 
     async def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `List.list_objects`."""
-        async for page in self._pages(prefix):
-            for found in page.get("Contents", ()):
-                yield ObjectInfo(
-                    key=found["Key"].removeprefix(self._prefix),
-                    size=found["Size"],
-                    etag=found["ETag"],
-                    modified=found["LastModified"],
-                )
+        token: dict[str, str] | None = {}
+        while token is not None:
+            with self._asked():
+                page, token = await self._page(prefix, **token)
+                infos = [self._info(found) for found in page.get("Contents", ())]
+            for info in infos:
+                yield info
 
     async def list_names(self, prefix: str = "") -> AsyncIterator[str]:
         """See `List.list_names`."""
         full = self._prefix + prefix
-        async for page in self._pages(prefix, Delimiter="/"):
-            for found in page.get("CommonPrefixes", ()):
-                yield found["Prefix"].removeprefix(full).rstrip("/")
+        token: dict[str, str] | None = {}
+        while token is not None:
+            with self._asked():
+                page, token = await self._page(prefix, Delimiter="/", **token)
+                names = [found["Prefix"].removeprefix(full).rstrip("/") for found in page.get("CommonPrefixes", ())]
+            for name in names:
+                yield name
 
     async def delete(self, keys: Sequence[str]) -> None:
         """See `Delete.delete`."""
         for some in _batched(keys, _MAX_DELETE):
-            with translated(self.url):
-                reply = await self._client.delete_objects(
-                    Bucket=self._bucket,
-                    Delete={"Objects": [{"Key": self._prefix + key} for key in some], "Quiet": True},
-                )
-            for refused in reply.get("Errors", ()):
-                msg = f"{self.url}: could not delete {refused.get('Key')}: {refused.get('Code')}"
-                raise StoreError(msg)
+            if not self._abilities.deletes_batches or not await self._delete_batch(some):
+                for key in some:
+                    with self._asked(key, ignore={"NoSuchKey"}):
+                        await self._client.delete_object(**self._at(key))
 
     async def delete_if(self, key: str, condition: IfMatch) -> None:
         """See `Delete.delete_if`."""
-        with translated(f"{self.url}/{key}"):
+        with self._asked(key):
             await self._client.delete_object(**self._at(key), **_conditions(condition))
 
     async def create_upload(self, key: str) -> Upload:
         """See `Multipart.create_upload`."""
-        kind = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
-        with translated(f"{self.url}/{key}"):
-            reply = await self._client.create_multipart_upload(
-                **self._at(key), **(kind if self._options.checksum else {}), **self._encryption()
-            )
-            return Upload(key=key, upload_id=reply["UploadId"])
+        way = self._abilities.parts
+        sends = self._sends(way)
+        kind = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"} if sends else {}
+        # It proves nothing: some ignore at the beginning of an upload what they refuse of its parts.
+        with self._asked(key) as where, self._tried(way, where, with_checksum=sends, proves=False):
+            reply = await self._client.create_multipart_upload(**self._at(key), **kind, **self._encryption())
+            return Upload(key=key, upload_id=reply["UploadId"], has_checksums=sends)
 
     async def put_part(self, upload: Upload, number: int, offset: int, body: Body, *, crc32c: int) -> Part:
         """See `Multipart.put_part`."""
         del offset
-        with translated(f"{self.url}/{upload.key} (part {number})"):
+        way = self._abilities.parts
+        checksum = self._checksum(way, crc32c) if upload.has_checksums else None
+        with (
+            self._asked(f"{upload.key} (part {number})") as where,
+            self._tried(way, where, with_checksum=checksum is not None),
+        ):
             reply = await self._client.upload_part(
                 **self._at(upload.key),
                 UploadId=upload.upload_id,
                 PartNumber=number,
                 Body=ViewsBody(body),
-                **self._checksum(crc32c),
+                **_sent(checksum),
             )
-            return Part(number=number, etag=reply["ETag"], crc32c=crc32c)
+            part = Part(number=number, etag=reply["ETag"], crc32c=crc32c)
+            if checksum is not None:
+                self._abilities.look_at_echo(reply, checksum, where)
+            return part
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
         """See `Multipart.complete_upload`."""
+        way = self._abilities.wholes
+        names = upload.has_checksums and self._sends(self._abilities.parts)
+        checksum = self._checksum(way, crc32c) if names else None
         named: list[dict[str, Any]] = []
         for part in sorted(parts, key=lambda p: p.number):
             named.append({"PartNumber": part.number, "ETag": part.etag})
-            if self._options.checksum:
+            if checksum is not None:
                 named[-1]["ChecksumCRC32C"] = _base64(part.crc32c)
-        whole = {"ChecksumCRC32C": _base64(crc32c), "ChecksumType": "FULL_OBJECT"}
-        with translated(f"{self.url}/{upload.key}"):
+        whole = {} if checksum is None else {"ChecksumCRC32C": checksum, "ChecksumType": "FULL_OBJECT"}
+        with self._asked(upload.key) as where, self._tried(way, where, with_checksum=checksum is not None):
             reply = await self._client.complete_multipart_upload(
-                **self._at(upload.key),
-                UploadId=upload.upload_id,
-                MultipartUpload={"Parts": named},
-                **(whole if self._options.checksum else {}),
+                **self._at(upload.key), UploadId=upload.upload_id, MultipartUpload={"Parts": named}, **whole
             )
             etag: str = reply["ETag"]
         return etag
 
     async def abort_upload(self, upload: Upload) -> None:
         """See `Multipart.abort_upload`."""
-        with translated(f"{self.url}/{upload.key}", ignore={"NoSuchUpload"}):
+        with self._asked(upload.key, ignore={"NoSuchUpload"}):
             await self._client.abort_multipart_upload(**self._at(upload.key), UploadId=upload.upload_id)
 
     async def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
-        marker: dict[str, str] = {}
-        while True:
-            with translated(self.url):
+        marker: dict[str, str] | None = {}
+        while marker is not None:
+            with self._asked():
                 page = await self._client.list_multipart_uploads(
                     Bucket=self._bucket, Prefix=self._prefix + prefix, **marker
                 )
-            for found in page.get("Uploads", ()):
-                key = found["Key"].removeprefix(self._prefix)
-                yield Upload(key=key, upload_id=found["UploadId"], started=found.get("Initiated"))
-            if not page.get("IsTruncated"):
-                return
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                _ = page.get("Bucket") or page["IsTruncated"]  # see _page
+                uploads = [self._upload(found) for found in page.get("Uploads", ())]
+                marker = None
+                if page.get("IsTruncated"):
+                    marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            for upload in uploads:
+                yield upload
 
-    async def _pages(self, prefix: str, **more: str) -> AsyncIterator[dict[str, Any]]:
-        token: dict[str, str] = {}
-        while True:
-            with translated(self.url):
-                page = await self._client.list_objects_v2(
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **token, **more
+    async def _page(self, prefix: str, **more: str) -> tuple[dict[str, Any], dict[str, str] | None]:
+        """A page of a listing, and what to ask the next one with."""
+        page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **more)
+        _ = page["Name"]  # every listing has one; an empty answer is none, and must not pass for "no objects"
+        return page, {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
+
+    async def _delete_batch(self, keys: Sequence[str]) -> bool:
+        """Whether the server knows how to."""
+        with self._asked():
+            try:
+                reply = await self._client.delete_objects(
+                    Bucket=self._bucket,
+                    Delete={"Objects": [{"Key": self._prefix + key} for key in keys], "Quiet": True},
+                    ChecksumAlgorithm="CRC32C",
                 )
-                _ = page["Name"]  # every listing has one; an empty answer is none, and must not pass for "no objects"
-            yield page
-            if not page.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
+            except ClientError as e:
+                if self._abilities.falls_back(e):
+                    return False
+                raise
+        for refused in reply.get("Errors", ()):
+            code = str(refused.get("Code"))
+            if code == "NoSuchKey":
+                continue
+            msg = f"{self.url}: could not delete {refused.get('Key')}: {code}"
+            raise kind_of(code)(msg)
+        return True
+
+    @contextmanager
+    def _asked(self, key: str | None = None, ignore: Collection[str] = ()) -> Iterator[str]:
+        """Around each request: its errors become ours, and expired credentials are renewed for the next."""
+        where = self.url if key is None else f"{self.url}/{key}"
+        credentials = self._client._get_credentials()
+        used = used_by(credentials)
+        try:
+            with translated(where, ignore):
+                yield where
+        except StaleCredentialsError as e:
+            if renews(credentials, used):
+                raise
+            msg = (
+                f"{e}, and there are no others. A job that outlives its credentials needs credentials=, a function "
+                "that gives fresh ones, or a profile or role that AWS's SDK renews"
+            )
+            raise CredentialsError(msg) from e
+
+    def _info(self, found: dict[str, Any]) -> ObjectInfo:
+        return ObjectInfo(
+            key=found["Key"].removeprefix(self._prefix),
+            size=found["Size"],
+            etag=found["ETag"],
+            modified=found["LastModified"],
+        )
+
+    def _upload(self, found: dict[str, Any]) -> Upload:
+        key = found["Key"].removeprefix(self._prefix)
+        return Upload(key=key, upload_id=found["UploadId"], started=found.get("Initiated"))
 
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
-    def _checksum(self, crc32c: int | None) -> dict[str, str]:
-        if crc32c is None or self._options.checksum is None:
-            return {}
-        return {"ChecksumAlgorithm": "CRC32C", "ChecksumCRC32C": _base64(crc32c)}
+    def _sends(self, way: ChecksumWay) -> bool:
+        return way.is_open if self._options.checksum == "when_supported" else self._options.checksum is not None
+
+    def _checksum(self, way: ChecksumWay, crc32c: int) -> str | None:
+        return _base64(crc32c) if self._sends(way) else None
+
+    def _tried(
+        self, way: ChecksumWay, where: str, *, with_checksum: bool, proves: bool = True
+    ) -> AbstractContextManager[None]:
+        if self._options.checksum != "when_supported":
+            return nullcontext()
+        return way.tried(where, with_checksum=with_checksum, proves=proves)
 
     def _encryption(self) -> dict[str, str]:
         o = self._options
@@ -234,6 +311,10 @@ def _conditions(condition: Condition | None) -> dict[str, str]:
             return {"IfMatch": etag}
         case None:
             return {}
+
+
+def _sent(checksum: str | None) -> dict[str, str]:
+    return {} if checksum is None else {"ChecksumAlgorithm": "CRC32C", "ChecksumCRC32C": checksum}
 
 
 def _base64(crc32c: int) -> str:

@@ -18,6 +18,7 @@ from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.loaders import Loader
 
+from cloudckpt.store.s3_credentials import FoundCredentials, ProvidedCredentials
 from cloudckpt.store.s3_http import OneAttemptSession
 from cloudckpt.store.s3_options import S3Options
 
@@ -89,6 +90,8 @@ async def _make(options: S3Options) -> _Shared:
     o = options
     session = AioSession(profile=o.profile)
     session.register_component("data_loader", _service_models())
+    found = FoundCredentials(session._create_credential_resolver)
+    session.register_component("credential_provider", ProvidedCredentials(o) if o.credentials else found)
     creating = session.create_client(
         "s3",
         region_name=o.region or (session.get_config_variable("region") or "us-east-1"),

@@ -3,20 +3,26 @@
 Law: decided by error code, status or class, never by message text.
 """
 
+import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
 
 from cloudckpt.errors import (
     BucketNotFoundError,
+    CheckpointError,
     ChecksumRefusedError,
     CredentialsError,
     NotImplementedByStoreError,
     ObjectNotFoundError,
     PermissionDeniedError,
     PreconditionFailedError,
+    StaleCredentialsError,
     StoreError,
     StoreUnavailableError,
     ThrottledError,
@@ -27,11 +33,13 @@ _BY_CODE: dict[str, tuple[type[StoreError], str]] = {
     "NoSuchBucket": (BucketNotFoundError, "no such bucket; create it, or check the URL and the endpoint"),
     "NoSuchKey": (ObjectNotFoundError, "no such object"),
     "NoSuchUpload": (ObjectNotFoundError, "no such multipart upload"),
-    "InvalidAccessKeyId": (CredentialsError, "the access key is not known to the server"),
+    "InvalidAccessKeyId": (StaleCredentialsError, "the access key is not known to the server"),
     "SignatureDoesNotMatch": (CredentialsError, "the secret key does not belong to the access key"),
-    "InvalidToken": (CredentialsError, "the session token is not valid"),
-    "ExpiredToken": (CredentialsError, "the credentials have expired"),
-    "ExpiredTokenException": (CredentialsError, "the credentials have expired"),
+    "InvalidToken": (StaleCredentialsError, "the session token is not valid"),
+    "InvalidTokenId": (StaleCredentialsError, "the session token is not valid"),
+    "ExpiredToken": (StaleCredentialsError, "the credentials have expired"),
+    "ExpiredTokenException": (StaleCredentialsError, "the credentials have expired"),
+    "RequestExpired": (StaleCredentialsError, "the credentials have expired"),
     "RequestTimeTooSkewed": (CredentialsError, "this machine's clock differs too much from the server's"),
     "AccessDenied": (PermissionDeniedError, "the credentials do not allow this request"),
     "PreconditionFailed": (PreconditionFailedError, "the condition of the request does not hold"),
@@ -48,6 +56,7 @@ _BY_CODE: dict[str, tuple[type[StoreError], str]] = {
     "ThrottlingException": (ThrottledError, "the server asks for fewer requests"),
     "RequestLimitExceeded": (ThrottledError, "the server asks for fewer requests"),
     "ServiceUnavailable": (ThrottledError, "the server is overloaded"),
+    "InternalError": (StoreUnavailableError, "the server had an error of its own"),
     "OperationAborted": (StoreUnavailableError, "another operation is under way; ask again"),
 }
 
@@ -87,14 +96,16 @@ def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
     """
     try:
         yield
+    except CheckpointError:
+        raise
     except boto.ClientError as e:
-        code = str(e.response.get("Error", {}).get("Code", ""))
+        code = code_of(e)
         if code not in ignore:
             raise _of_reply(e, code, where) from e
     except _NO_CREDENTIALS as e:
         msg = (
             f"{where}: no usable credentials ({e}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-            "AWS_PROFILE, pass access_key_id= and secret_access_key=, or give the machine a role"
+            "AWS_PROFILE, pass access_key_id= and secret_access_key= or credentials=, or give the machine a role"
         )
         raise CredentialsError(msg) from e
     except boto.ProfileNotFound as e:
@@ -115,12 +126,48 @@ def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
     except KeyError as e:
         msg = f"{where}: the server's answer lacks {e}; it may not speak S3"
         raise StoreError(msg) from e
+    except (ResponseParserError, ValueError) as e:
+        msg = f"{where}: the server's answer makes no sense ({e}); it may not speak S3"
+        raise StoreError(msg) from e
+
+
+def code_of(error: boto.ClientError) -> str:
+    """The code of the error that the server answered; mostly its status where it gave none."""
+    return str(error.response.get("Error", {}).get("Code") or "")
+
+
+def status_of(error: boto.ClientError) -> int:
+    """The status of the reply, 0 if unknown."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def kind_of(code: str) -> type[StoreError]:
+    """The class of an error that a reply tells within its body."""
+    return _BY_CODE.get(code, (StoreError, ""))[0]
 
 
 def _of_reply(error: boto.ClientError, code: str, where: str) -> StoreError:
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    status = status_of(error)
     kind, meaning = _BY_CODE.get(code) or _BY_STATUS.get(status) or (None, "")
     if kind is None:
         kind = StoreUnavailableError if status >= 500 else StoreError
         meaning = str(error.response.get("Error", {}).get("Message", ""))
-    return kind(f"{where}: {meaning} ({code or 'no code'}, HTTP {status})")
+    told = kind(f"{where}: {meaning} ({code or 'no code'}, HTTP {status})")
+    if isinstance(told, StoreUnavailableError):
+        told.retry_after_s = _retry_after_s(error)
+    return told
+
+
+def _retry_after_s(error: boto.ClientError) -> float | None:
+    """Seconds, or a date: RFC 9110, 10.2.3."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    asked = str(headers.get("retry-after", ""))
+    try:
+        seconds = float(asked) if asked[:1].isdigit() else _seconds_until(asked)
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _seconds_until(date: str) -> float:
+    return (parsedate_to_datetime(date).replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
