@@ -380,6 +380,15 @@ class Matrix:
         self.proxies[place.rank].when(nth(place), fault)
         return self._pair.run(case)
 
+    def run_at(self, url: str, case: Case) -> tuple[list[dict[str, Any]], int]:
+        """Runs a case at a URL; returns what the ranks found, and the seed of what they saved."""
+        told = self.case_of(case.work) | {"url": url}
+        for proxy in self.proxies:
+            proxy.clear()
+        for place, fault in case.strikes:
+            self.proxies[place.rank].when(nth(place), fault)
+        return self._pair.run(told), told["seed"]
+
     def _stand_by(self) -> None:
         """Begins to start the next pair, which takes seconds."""
         if self._next is None:

@@ -10,6 +10,7 @@ from cloudckpt.engine import commit
 from cloudckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
+    ChecksumRefusedError,
     CommitConflictError,
     CommitUnknownError,
     CredentialsError,
@@ -105,6 +106,27 @@ async def test_a_lost_reply_is_not_put_again():
     commit._probed.add(store.identity)
     await commit_ours(store)
     assert store.requests == [("put", MANIFEST), ("get", MANIFEST)]
+
+
+class Damaging(WrappedStore):
+    """A store that keeps the first body with a flipped bit, and says that it refused it."""
+
+    is_first = True
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        if not self.is_first:
+            return await super().put(key, body, condition=condition, crc32c=crc32c)
+        self.is_first = False
+        data = bytearray(b"".join(body))
+        data[-5] ^= 1
+        await super().put(key, [memoryview(data)], condition=condition)
+        raise ChecksumRefusedError("the body was damaged on its way")
+
+
+async def test_a_manifest_that_landed_damaged_is_put_again():
+    store = Damaging(fresh())
+    await commit_ours(store)
+    assert await committed_by(store) == "ours"
 
 
 async def test_a_409_with_nothing_there_is_put_again():

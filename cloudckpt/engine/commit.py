@@ -195,10 +195,12 @@ async def commit(
             is_in_doubt = is_in_doubt or isinstance(e, StoreUnavailableError)
             there = await _read_back(store, end, e)
             found = None if there is None else parse_summary(there.data, store.url)
-            if found is not None and found.save_id == save_id:
-                break
             if there is None or found is None:
                 condition = IfAbsent()  # what was to be replaced is gone
+            elif found.save_id == save_id:
+                if there.data == data:
+                    break
+                condition = IfMatch(there.etag)  # it landed, and not as it was sent
             elif found.is_tombstone:
                 _refuse_swept(there.data, shard_keys, store.url, e)
                 condition = IfMatch(there.etag)
