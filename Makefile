@@ -5,6 +5,8 @@ SIZE ?= 1GiB
 ROUNDS ?= 5
 SERVER ?= seaweedfs
 SCHEME ?= http
+FUZZ ?= manifest safetensors zip frames http
+FUZZ_S ?= 60
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -15,7 +17,7 @@ BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
 BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
 BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers clean
+.PHONY: demo test lint format bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
@@ -45,6 +47,13 @@ bench-on-seaweedfs bench-on-rgw: $(READY)
 	$(BENCH_COMMAND) s3://bench/run --create-bucket $(BENCH); \
 	status=$$?; localstack/$(@:bench-on-%=%).sh stop $(BENCH_DIR); rm -rf $(BENCH_DIR); exit $$status
 
+fuzz: $(READY) ## hostile input for each reader named in FUZZ, FUZZ_S seconds each; what fails is kept in .fuzz
+	$(BIN)/pip install -q -c constraints.txt -e '.[fuzz]'
+	@mkdir -p .fuzz
+	@for name in $(FUZZ); do \
+	  (cd tests && FUZZ_FOUND=../.fuzz ../$(BIN)/python -W ignore -m fuzz $$name -max_total_time=$(FUZZ_S)) || exit 1; \
+	done
+
 servers: $(READY)
 	@for name in $(SERVERS); do \
 	  if [ "$$name" != moto ] && ! localstack/$$name.sh check 2>/dev/null; then \
@@ -58,4 +67,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-localstack .venv-aiobotocore-oldest .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .fuzz .venv .venv-localstack .venv-aiobotocore-oldest .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis

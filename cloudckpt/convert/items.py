@@ -18,7 +18,17 @@ from cloudckpt.engine.read import ReadOptions, Stats, Wanted, read_regions
 from cloudckpt.engine.sinks import MemorySink
 from cloudckpt.errors import CheckpointError, IntegrityError, ManifestError
 from cloudckpt.extensions.base import FrameContext
-from cloudckpt.manifest import BytesEntry, Chunk, Entry, OpenEntry, PlannerPath, TensorEntry, ValueEntry
+from cloudckpt.manifest import (
+    BytesEntry,
+    Chunk,
+    Entry,
+    OpenEntry,
+    PlannerPath,
+    TensorEntry,
+    ValueEntry,
+    shape_problem,
+    tiling_problem,
+)
 from cloudckpt.ranges import Range, Region, strides_of
 from cloudckpt.store.protocols import Get
 from cloudckpt.threads import in_thread
@@ -129,13 +139,14 @@ class ForeignContents:
     summary: None = None
     _found: dict[int, Plain | Coded] = field(default_factory=dict)
     _guesses: bool = True
+    _sound: set[str] = field(default_factory=set)
 
     def entry(self, key: str) -> OpenEntry:
         """See `Contents.entry`."""
         entry = self.entries[key]
-        if isinstance(entry, TensorEntry) and entry.dtype not in DTYPES:
-            msg = f"{key!r} has dtype {entry.dtype}, which this release does not read"
-            raise ManifestError(msg)
+        if isinstance(entry, TensorEntry) and key not in self._sound:
+            _refuse_unsound(key, entry)
+            self._sound.add(key)
         if isinstance(entry, BytesEntry):
             found = self._found.get(entry.frame)
             if isinstance(found, Coded) and found.nbytes is not None:
@@ -203,6 +214,19 @@ class ForeignContents:
             with noting(key):
                 found[i] = self.items[i].locate(probed[i])
         return found
+
+
+def _refuse_unsound(key: str, entry: TensorEntry) -> None:
+    if entry.dtype not in DTYPES:
+        msg = f"{key!r} has dtype {entry.dtype}, which this release does not read"
+        raise ManifestError(msg)
+    problem = shape_problem(entry.shape, DTYPES[entry.dtype].itemsize)
+    if problem is None and any(not Region(c.offsets, c.sizes).is_inside(entry.shape) for c in entry.chunks):
+        problem = f"a chunk of it lies outside its shape {entry.shape}"
+    problem = problem or tiling_problem(entry.shape, entry.chunks)
+    if problem is not None:
+        msg = f"what is said of {key!r} cannot be: {problem}"
+        raise ManifestError(msg)
 
 
 class _Located:

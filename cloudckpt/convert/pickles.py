@@ -7,10 +7,11 @@ in a table here, for something that builds plain data; any other is refused befo
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from cloudckpt.convert.pickle_bombs import refuse_bombs
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.errors import ManifestError, UnsafePickleError
 
@@ -46,6 +47,7 @@ def load(data: bytes | memoryview, names: Names, where: str, *, is_of_torch_save
         ManifestError: it is no whole pickle, or does not fit together.
     """
     try:
+        refuse_bombs(memoryview(data))
         return (_TorchUnpickler if is_of_torch_save else _Unpickler)(io.BytesIO(data), names, where).load()
     except _BROKEN as e:
         msg = f"{where} is not sound: {type(e).__name__}: {e}"
@@ -72,9 +74,31 @@ class _TorchUnpickler(_Unpickler):
     def persistent_load(self, pid: Any) -> "_Storage":
         kind, of, record, _, _ = pid
         if kind != "storage" or not isinstance(of, _StorageKind) or not isinstance(record, str):
-            msg = f"it refers to {pid!r}"
+            msg = "it refers to something else than a storage"
             raise pickle.UnpicklingError(msg)
         return _Storage(record, of.dtype)
+
+
+class _Unchanging:
+    """Stands in a table for good: a pickle that gives it a state would change it for all that are read later."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        msg = f"a state for {type(self).__name__}"
+        raise TypeError(msg)
+
+
+class _Function(_Unchanging):
+    """Stands for a function, or for a class that is made by a call."""
+
+    __slots__ = ("_made",)
+
+    def __init__(self, made: Callable[..., Any]) -> None:
+        self._made = made
+
+    def __call__(self, *args: Any) -> Any:
+        return self._made(*args)
 
 
 class Record:
@@ -104,19 +128,77 @@ MetadataIndex = _record("MetadataIndex")
 StorageInfo = _record("_StorageInfo")
 
 
-@dataclass(frozen=True, slots=True)
-class DtypeName:
+class DtypeName(_Unchanging):
     """Stands for a torch dtype: its name in the manifest."""
 
-    name: str
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        """Of that name."""
+        self.name = name
 
 
-def _tuple(items: Any = ()) -> tuple[Any, ...]:
-    return tuple(items)
+_MAX_AXES = 64
+_MAX_MEMBERS = 1 << 20
 
 
+@_Function
+def _sizes(items: Iterable[Any] = ()) -> tuple[int, ...]:
+    sizes = tuple(items)
+    if any(type(n) is not int for n in sizes):
+        raise _refusal("sizes that are no numbers")
+    return sizes
+
+
+@_Function
 def _text(*parts: Any) -> str:
+    if any(not isinstance(part, str | int) for part in parts):
+        raise _refusal("a name of something else than texts")
     return "/".join(map(str, parts))
+
+
+@_Function
+def _ordered_dict(items: Iterable[Any] = ()) -> "OrderedDict[Any, Any]":
+    pairs = [(key, value) for key, value in items]
+    _refuse_bombs_among(key for key, _ in pairs)
+    return OrderedDict(pairs)
+
+
+@_Function
+def _set(items: Iterable[Any] = ()) -> set[Any]:
+    members = list(items)
+    _refuse_bombs_among(members)
+    return set(members)
+
+
+@_Function
+def _frozenset(items: Iterable[Any] = ()) -> frozenset[Any]:
+    members = list(items)
+    _refuse_bombs_among(members)
+    return frozenset(members)
+
+
+@_Function
+def _complex(*parts: Any) -> complex:
+    if any(not isinstance(part, float | int) for part in parts):
+        raise _refusal("a complex number of something else than numbers")
+    return complex(*parts)
+
+
+def _refuse_bombs_among(members: Iterable[Any]) -> None:
+    """Raises ValueError where hashing them would visit more values than anybody wrote."""
+    count, waiting = 0, list(members)
+    while waiting and count < _MAX_MEMBERS:
+        count += 1
+        member = waiting.pop()
+        if isinstance(member, tuple):
+            waiting += member
+    if waiting:
+        raise _refusal("a set of tuples that unfold to too many values")
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(what)
 
 
 _OTHER_DTYPES = (
@@ -147,9 +229,9 @@ DCP_NAMES: Names = {
     (_OLD_METADATA, "MEM_FORMAT_ENCODING"): _record("MEM_FORMAT_ENCODING"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StorageInfo,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _record("_StoragePrefix"),
-    ("torch", "Size"): _tuple,
+    ("torch", "Size"): _sizes,
     ("torch.serialization", "_get_layout"): _text,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("pathlib", "PosixPath"): _text,
     ("pathlib", "PurePosixPath"): _text,
     ("pathlib", "WindowsPath"): _text,
@@ -178,10 +260,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    __setstate__ = _Unchanging.__setstate__
 
-@dataclass(frozen=True, slots=True)
-class _StorageKind:
-    dtype: str | None
+
+class _StorageKind(_Unchanging):
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: str | None) -> None:
+        self.dtype = dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +275,18 @@ class _Storage:
     record: str
     dtype: str | None
 
+    __setstate__ = _Unchanging.__setstate__
 
+
+@_Function
 def _tensor_v2(storage: _Storage, *rest: Any) -> StoredTensor:
     """``torch._utils._rebuild_tensor_v2``: offset, size, stride, requires_grad, hooks, flags."""
     if storage.dtype is None or len(rest) < 3:
-        msg = "a tensor without a dtype"
-        raise ValueError(msg)
+        raise _refusal("a tensor without a dtype")
     return _tensor(storage.record, storage.dtype, rest[:3], rest[5:])
 
 
+@_Function
 def _tensor_v3(storage: _Storage, *rest: Any) -> StoredTensor:
     """``torch._utils._rebuild_tensor_v3``: as v2, with the dtype in sixth place."""
     return _tensor(storage.record, rest[5].name, rest[:3], rest[6:])
@@ -205,23 +294,26 @@ def _tensor_v3(storage: _Storage, *rest: Any) -> StoredTensor:
 
 def _tensor(record: str, dtype: str, place: tuple[Any, ...], math: tuple[Any, ...]) -> StoredTensor:
     offset, shape, strides = place[0], tuple(place[1]), tuple(place[2])
-    if any(type(n) is not int or n < 0 for n in (offset, *shape, *strides)) or len(shape) != len(strides):
-        msg = f"a tensor of offset {offset}, shape {shape} and strides {strides}"
-        raise ValueError(msg)
+    if any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
+        raise _refusal("a tensor whose offset, shape or strides are no numbers of 63 bits")
+    if len(shape) != len(strides) or len(shape) > _MAX_AXES:
+        raise _refusal(f"a tensor of {len(shape)} axes and {len(strides)} strides")
     if any(math):
-        msg = f"a tensor that is a view {math[0]}: save tensor.resolve_conj().resolve_neg() instead"
-        raise ValueError(msg)
+        raise _refusal("a conjugate or negative view: save tensor.resolve_conj().resolve_neg() instead")
     return StoredTensor(record, dtype, offset, shape, strides)
 
 
+@_Function
 def _parameter(data: StoredTensor, *_: Any) -> StoredTensor:
+    if not isinstance(data, StoredTensor):
+        raise _refusal("a parameter that is no tensor")
     return data
 
 
+@_Function
 def _of_type(build: Any, kind: Any, args: Any, _state: Any) -> StoredTensor:
-    if kind is not _Parameter or build not in {_tensor_v2, _tensor_v3}:
-        msg = "a tensor of a class of its own"
-        raise ValueError(msg)
+    if kind is not _Parameter or not (build is _tensor_v2 or build is _tensor_v3):
+        raise _refusal("a tensor of a class of its own")
     tensor: StoredTensor = build(*args)
     return tensor
 
@@ -229,22 +321,18 @@ def _of_type(build: Any, kind: Any, args: Any, _state: Any) -> StoredTensor:
 _Parameter = _record("Parameter")
 
 
+@_Function
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1":
-        msg = f"bytes that are encoded as {encoding!r}"
-        raise ValueError(msg)
+        raise _refusal("bytes that are encoded otherwise than as latin1")
     return text.encode("latin1")
 
 
+@_Function
 def _bytearray(data: bytes = b"") -> bytearray:
     if not isinstance(data, bytes):  # of a number, it would make that many
-        _refuse_argument(data)
+        raise _refusal("a byte array of something else than bytes")
     return bytearray(data)
-
-
-def _refuse_argument(value: Any) -> NoReturn:
-    msg = f"an argument {value!r}"
-    raise ValueError(msg)
 
 
 _KINDS = {
@@ -253,7 +341,7 @@ _KINDS = {
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
 
-_BUILTINS = {"set": set, "frozenset": frozenset, "complex": complex, "bytearray": _bytearray}
+_BUILTINS = {"set": _set, "frozenset": _frozenset, "complex": _complex, "bytearray": _bytearray}
 
 TORCH_NAMES: Names = {
     **_DTYPE_NAMES,
@@ -267,10 +355,10 @@ TORCH_NAMES: Names = {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("torch.nn.parameter", "Parameter"): _Parameter,
-    ("torch", "Size"): _tuple,
+    ("torch", "Size"): _sizes,
     ("torch", "device"): _text,
     ("torch.serialization", "_get_layout"): _text,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered_dict,
     ("_codecs", "encode"): _encode,
 }
 """What a file of tensors, containers and plain values needs."""

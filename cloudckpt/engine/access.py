@@ -65,7 +65,7 @@ class Access:
         return self._session.run(lambda store: self.contents.locate(store, asks, self.options, self.stats))
 
     async def _read(self, located: Located, wanted: Sequence[Wanted], store: Store) -> bool:
-        checks = located.checks()
+        checks = await in_thread(located.checks)
         await read_regions(store, [*wanted, *checks], self.options, self.stats)
         self.stats.bytes_needed -= sum(check.read.nbytes for check in checks)
         return await in_thread(located.is_proven) if checks else True

@@ -31,13 +31,18 @@ from cloudckpt.manifest import (
     OpenEntry,
     PlannerPath,
     SealedEntry,
+    Shard,
     Summary,
     TensorEntry,
     entry_problems,
+    frame_problems,
     unpack,
 )
+from cloudckpt.manifest.places import Place, place_problems
 from cloudckpt.ranges import Region
 from cloudckpt.store.protocols import Get
+
+_MAX_PROBLEMS = 20
 
 
 class Locator:
@@ -82,15 +87,7 @@ class Locator:
     async def locate(self, store: Get, asks: Iterable[Ask], options: ReadOptions, stats: Stats) -> Located:
         """See `Contents.locate`: the manifest says where everything lies."""
         del store, asks, options, stats
-        return self
-
-    def checks(self) -> Sequence[Wanted]:
-        """See `Located.checks`: none."""
-        return ()
-
-    def is_proven(self) -> bool:
-        """See `Located.is_proven`."""
-        return True
+        return _Located(self, self._manifest.shards)
 
     def entry(self, key: str) -> OpenEntry:
         """See `Contents.entry`."""
@@ -167,16 +164,16 @@ class Locator:
 
     def _find_starts(self, index: int) -> list[int]:
         shard = self._manifest.shards[index]
-        starts = [0, *accumulate(unpack(shard.frame_sizes))]
-        if len(starts) != len(self._checksums(index)) + 1 or starts[-1] != shard.size:
-            msg = f"the frame sizes of {shard.key} are not those of its {len(self._checksums(index))} frames"
+        problems = frame_problems(shard)
+        if problems:
+            msg = f"the frames of {shard.key} cannot be: {'; '.join(problems)}"
             raise ManifestError(msg)
         if shard.frame_size % FRAME_ALIGNMENT or shard.frame_size > MAX_FRAME_SIZE:
             msg = (
                 f"{shard.key} has frames of {shard.frame_size} bytes: too large, or no multiple of {FRAME_ALIGNMENT}"
             )
             raise ManifestError(msg)
-        return starts
+        return [0, *accumulate(unpack(shard.frame_sizes))]
 
     def _open_chain(self, index: int) -> ShardChain:
         shard = self._manifest.shards[index]
@@ -186,3 +183,38 @@ class Locator:
         except CheckpointError as e:
             e.add_note(f"needed for {shard.key}; nothing was fetched")
             raise
+
+
+class _Located:
+    """Implements `Located`: reads of one load, which are known to share no bytes that two items may not share."""
+
+    def __init__(self, locator: Locator, shards: Sequence[Shard]) -> None:
+        self._locator = locator
+        self._shards = shards
+        self._places: list[Place] = []
+
+    def read_chunk(
+        self, key: str, entry: TensorEntry, chunk: Chunk, region: Region, *, is_direct: bool
+    ) -> RegionRead:
+        self._note(key, chunk)
+        return self._locator.read_chunk(key, entry, chunk, region, is_direct=is_direct)
+
+    def read_bytes(self, key: str, entry: BytesEntry, region: Region) -> RegionRead:
+        self._note(key, entry)
+        return self._locator.read_bytes(key, entry, region)
+
+    def checks(self) -> Sequence[Wanted]:
+        problems = place_problems(self._places, self._shards)
+        if problems:
+            msg = f"the manifest is not sound: {'; '.join(problems[:_MAX_PROBLEMS])}"
+            raise ManifestError(msg)
+        return ()
+
+    def is_proven(self) -> bool:
+        return True
+
+    def _note(self, key: str, at: Chunk | BytesEntry) -> None:
+        shard = self._shards[at.shard]
+        # Frames with extensions are proven to be those bytes; those of others follow from them.
+        count = 0 if shard.extensions else -(-(at.stop - at.start) // shard.frame_size)
+        self._places.append(Place(at.shard, at.start, at.stop, at.frame, at.frame + count, key))

@@ -29,6 +29,8 @@ _LEAST_WINDOW = 8 << 20
 """RFC 8878, section 3.1.1.1.2: what every decoder should support."""
 
 _READ_NBYTES = 64 << 10
+_RESTORED_NBYTES = 2 << 10
+"""Of a stream, at a time: four bytes may restore to 128 KiB, and nothing bounds what the library makes of a piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,7 @@ class _Reader(io.RawIOBase):
         self._zstd = zstd
         self._frame = zstd.decompressing()
         self._is_at_edge = True
+        self._stored = memoryview(b"")
         self._plain = memoryview(b"")
 
     def readable(self) -> bool:
@@ -203,8 +206,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Buffer) -> int:  # type: ignore[override]
         into = memoryview(buffer)
         while not len(self._plain):
-            data = self._frame.unused_data if self._frame.eof else b""
-            data = data or self._source.read(_READ_NBYTES)
+            data = memoryview(self._frame.unused_data if self._frame.eof else b"") or self._next()
             if not data and not self._is_at_edge:
                 msg = "a Zstandard stream is cut off"
                 raise IntegrityError(msg)
@@ -215,7 +217,12 @@ class _Reader(io.RawIOBase):
         into[:count], self._plain = self._plain[:count], self._plain[count:]
         return count
 
-    def _restore(self, data: bytes) -> None:
+    def _next(self) -> memoryview:
+        self._stored = self._stored or memoryview(self._source.read(_READ_NBYTES))
+        data, self._stored = self._stored[:_RESTORED_NBYTES], self._stored[_RESTORED_NBYTES:]
+        return data
+
+    def _restore(self, data: memoryview) -> None:
         if self._frame.eof:
             self._frame = self._zstd.decompressing()
         try:
