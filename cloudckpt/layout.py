@@ -31,12 +31,33 @@ def shard_key(token: str, ext: ShardExt) -> str:
     The hash in front of it spreads the shards of many ranks over key prefixes; S3 partitions its request
     limits by prefix (docs.aws.amazon.com/AmazonS3/latest/userguide/optimizing-performance.html).
     """
-    return f"{SHARDS}{blake2b(token.encode(), digest_size=1).hexdigest()}/{token}.{ext}"
+    return f"{SHARDS}{_hash_of(token)}/{token}.{ext}"
 
 
 def is_shard_key(key: str) -> bool:
     """Whether ``key`` is one that `shard_key` makes: it cannot climb out of the checkpoint."""
     return _SHARD_KEY.fullmatch(key) is not None
+
+
+def is_own_shard_key(key: str) -> bool:
+    """Whether `shard_key` made ``key``, and not just a program that spells keys alike: the hash is the token's."""
+    return is_shard_key(key) and key.split("/")[1] == _hash_of(token_of(key))
+
+
+def prefix_of_shard(key: str) -> str | None:
+    """What stands before the shard's own key in ``key``: a checkpoint's place under a root.
+
+    Returns:
+        Empty, or ending in ``/``; None where ``key`` is not that of a shard (see `is_own_shard_key`).
+    """
+    own = "/".join(key.rsplit("/", 3)[-3:])
+    return key.removesuffix(own) if is_own_shard_key(own) else None
+
+
+def prefix_of_manifest(key: str) -> str | None:
+    """As `prefix_of_shard`, of a manifest's key."""
+    prefix = key.removesuffix(MANIFEST)
+    return prefix if prefix != key and (not prefix or prefix.endswith("/")) else None
 
 
 def token_of(key: str) -> str:
@@ -81,3 +102,7 @@ def key_of_item(name: str) -> tuple[str, tuple[int, ...] | None]:
     escaped, at, offsets = name.partition("@")
     key = escaped.replace("%5F", "_").replace("%40", "@").replace("%25", "%")
     return key, tuple(int(o) for o in offsets.split(",") if o) if at else None
+
+
+def _hash_of(token: str) -> str:
+    return blake2b(token.encode(), digest_size=1).hexdigest()

@@ -8,6 +8,10 @@ import click
 _COMMANDS = {
     "demo": ("cloudckpt.cli.demo", "Fine-tune a real model, kill it in mid-save, resume from S3."),
     "bench": ("cloudckpt.cli.bench", "Measure saves and loads beside PyTorch's own, on any S3 server."),
+    "prune": ("cloudckpt.cli.prune", "Remove old steps by policy."),
+    "rebuild": ("cloudckpt.cli.rebuild", "Make a new manifest for plain shards that lost theirs."),
+    "sweep": ("cloudckpt.cli.sweep", "Remove what saves that never committed left behind."),
+    "verify": ("cloudckpt.cli.verify", "Tell whether a checkpoint is whole."),
 }
 
 
