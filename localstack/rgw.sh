@@ -5,7 +5,8 @@
 #   rgw.sh install | check | start [DIR [PORT]] | stop [DIR] | kill9 [DIR]
 #
 # Takes the ports PORT to PORT+10. Environment: TLS_PORT (https there as well; DIR/ca.pem is what clients must trust),
-# AK and SK (the keys; the first start on a DIR decides), SIZE (the most it can hold, 20G; a sparse file),
+# AK and SK (the owner's keys; the first start on a DIR decides), GUEST_AK and GUEST_SK (those of a second user, who may
+# do what policies of buckets say), SIZE (the most it can hold, 20G; a sparse file),
 # CEPH_ROOT (the chroot), DEBIAN_MIRROR (where `install` gets Debian from).
 NAME=rgw
 DEFAULT_PORT=7480
@@ -71,7 +72,7 @@ serve() {
   launch mon ceph-mon -f -i a --public-addr "127.0.0.1:$(cat mon.port)"
   [ -z "$is_new" ] || make_osd
   launch osd ceph-osd -f -i 0
-  [ -z "$is_new" ] || make_owner
+  [ -z "$is_new" ] || make_users
   launch rgw radosgw -f -n client.rgw -k "$C/keyring"
   touch cluster-is-complete
   wait -n # none of the three ends by itself while all is well
@@ -136,9 +137,14 @@ ask_monitor() { # the first question after a connect can be refused with "wrong 
   return 1
 }
 
-make_owner() {
-  timeout 60 chroot "$CEPH_ROOT" radosgw-admin -n client.rgw user create --uid=owner --display-name=owner \
-    --access-key="${AK:-testing}" --secret-key="${SK:-testingsecret}" >/dev/null
+make_users() {
+  make_user owner "${AK:-testing}" "${SK:-testingsecret}"
+  make_user guest "${GUEST_AK:-guest}" "${GUEST_SK:-guestsecret}"
+}
+
+make_user() { # NAME ACCESS_KEY SECRET_KEY
+  timeout 60 chroot "$CEPH_ROOT" radosgw-admin -n client.rgw user create --uid="$1" --display-name="$1" \
+    --access-key="$2" --secret-key="$3" >/dev/null
 }
 
 write_config() {

@@ -7,7 +7,7 @@ import asyncio
 import ctypes
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,13 @@ from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.loaders import Loader
 
+from cloudckpt.errors import UsageError
 from cloudckpt.store.s3_credentials import FoundCredentials, ProvidedCredentials
 from cloudckpt.store.s3_http import OneAttemptSession
-from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.s3_options import S3Options, check_endpoint
+
+_ALSO_READ = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE"}
+"""Variables beside AWS's own that its SDK reads."""
 
 _MOST_KEPT = 8
 """Clients without a user, on one loop."""
@@ -103,18 +107,30 @@ async def _make(options: S3Options) -> _Shared:
         config=_config(o),
     )
     stack = AsyncExitStack()
-    return _Shared(await stack.enter_async_context(creating), stack)
+    client = None
+    with suppress(ValueError):  # botocore's shows the endpoint, which may hold a password
+        client = await stack.enter_async_context(creating)
+    try:
+        check_endpoint(client.meta.endpoint_url if client else "")  # it may come from the environment
+    except UsageError:
+        await stack.aclose()
+        raise
+    return _Shared(client, stack)
 
 
 def _surroundings() -> object:
     """What AWS's SDK reads beside the options: a client made of other credentials is another client."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    variables = {name: value for name, value in os.environ.items() if _is_read(name)}
     home = Path("~/.aws").expanduser()
     files = (
         variables.get("AWS_SHARED_CREDENTIALS_FILE", home / "credentials"),
         variables.get("AWS_CONFIG_FILE", home / "config"),
     )
     return tuple(sorted(variables.items())), tuple(_changed(Path(file)) for file in files)
+
+
+def _is_read(name: str) -> bool:
+    return name.startswith("AWS_") or name.upper() in _ALSO_READ
 
 
 def _changed(file: Path) -> int | None:

@@ -69,6 +69,8 @@ _BY_STATUS: dict[int, tuple[type[StoreError], str]] = {
     503: (ThrottledError, "the server is overloaded"),
 }
 
+_OF_OBJECTS = {"GetObject", "HeadObject"}
+
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -127,7 +129,7 @@ def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
         msg = f"{where}: the server's answer lacks {e}; it may not speak S3"
         raise StoreError(msg) from e
     except (ResponseParserError, ValueError) as e:
-        msg = f"{where}: the server's answer makes no sense ({e}); it may not speak S3"
+        msg = f"{where}: the server's answer makes no sense ({type(e).__name__}); it may not speak S3"
         raise StoreError(msg) from e
 
 
@@ -152,7 +154,12 @@ def _of_reply(error: boto.ClientError, code: str, where: str) -> StoreError:
     if kind is None:
         kind = StoreUnavailableError if status >= 500 else StoreError
         meaning = str(error.response.get("Error", {}).get("Message", ""))
-    told = kind(f"{where}: {meaning} ({code or 'no code'}, HTTP {status})")
+    told = kind(f"{where}: {meaning} ({error.operation_name}: {code or 'no code'}, HTTP {status})")
+    if isinstance(told, PermissionDeniedError) and error.operation_name in _OF_OBJECTS:
+        told.add_note(
+            "S3 answers like this also where there is no such object, to who may not list the bucket: allow "
+            "s3:ListBucket on it to tell the two apart (docs/security.md)"
+        )
     if isinstance(told, StoreUnavailableError):
         told.retry_after_s = _retry_after_s(error)
     return told

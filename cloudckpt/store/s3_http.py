@@ -7,9 +7,10 @@ import io
 import ssl
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from aiobotocore.httpsession import AIOHTTPSession
-from aiohttp import ClientResponse, ClientSession
+from aiohttp import ClientResponse, ClientResponseError, ClientSession
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 from botocore.exceptions import BotoCoreError, ConnectionClosedError
@@ -131,13 +132,25 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
 
     async def send(self, request: Any) -> Any:
         """Sends a prepared request; see `AIOHTTPSession.send`."""
-        reply = await self._send_once(request)
+        reply = await self._send_tellably(request)
         # botocore goes to the region that a redirect names; where none is named it asks HEAD for one, which is
         # redirected too, without end.
         if reply.status_code in _REDIRECTS and "x-amz-bucket-region" not in reply.headers:
             await reply.content  # so that the connection goes back
-            raise RedirectedError(location=reply.headers.get("location"), status=reply.status_code)
+            where = urlsplit(reply.headers.get("location", ""))  # its query may be a signature
+            raise RedirectedError(location=f"{where.scheme}://{where.hostname}{where.path}", status=reply.status_code)
         return reply
+
+    async def _send_tellably(self, request: Any) -> Any:
+        # aiohttp's error shows the request's headers, and a proxy's password: what it was is told without it.
+        try:
+            return await self._send_once(request)
+        except BotoCoreError as e:
+            cause = e.kwargs.get("error")
+            if not isinstance(cause, ClientResponseError):
+                raise
+            failed = type(e)(**e.kwargs | {"error": f"{type(cause).__name__}: {cause.status}, {cause.message}"})
+        raise failed
 
     async def _send_once(self, request: Any) -> Any:
         body = request.body

@@ -3,12 +3,16 @@
 Law: no client here, so that options can be named, pickled and shown without importing one.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
+from urllib.parse import urlsplit
 
 from cloudckpt.errors import UsageError
+
+_NOT_IN_ADDRESSES = re.compile(r"[@?#\s]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,31 @@ class S3Options:
         if self.checksum not in {"when_supported", "always", None}:
             msg = f"checksum={self.checksum!r} must be 'when_supported', 'always' or None"
             raise UsageError(msg)
+        if self.endpoint_url is not None:
+            check_endpoint(self.endpoint_url)
+        if self.ca_bundle is not None and not self.ca_bundle:
+            msg = "ca_bundle= is a file of certificate authorities; verification cannot be turned off"
+            raise UsageError(msg)
         if self.max_connections < 1:
             msg = f"max_connections={self.max_connections} must be at least 1"
             raise UsageError(msg)
+
+
+def check_endpoint(url: str) -> None:
+    """Refuses what is no server's address, or holds more; without showing it, for that may be a secret.
+
+    Raises:
+        UsageError: it is not ``http://host:port`` or ``https://host:port``, with a path or without.
+    """
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address or _NOT_IN_ADDRESSES.search(url):
+        msg = (
+            "endpoint_url (or AWS_ENDPOINT_URL, AWS_ENDPOINT_URL_S3) must be http://host:port or https://host:port, "
+            "without a user, a password or a query: credentials go into access_key_id= and secret_access_key=, or "
+            "into AWS's own environment variables and files"
+        )
+        raise UsageError(msg)

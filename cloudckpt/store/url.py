@@ -63,17 +63,21 @@ def check_url(url: str) -> str:
     """
     parts = urlsplit(url)
     known = ", ".join(f"{s}://" for s in SCHEMES)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # the rest may be a secret
     if parts.scheme not in SCHEMES:
-        msg = f"no store serves {url!r}; give a URL that begins with one of {known}"
+        msg = f"no store serves {shown!r}; give a URL that begins with one of {known}"
+        raise UnsupportedUrlError(msg)
+    if "@" in parts.netloc:
+        msg = f"{shown!r} has credentials before its bucket; give them as options, or in AWS's environment variables"
         raise UnsupportedUrlError(msg)
     if parts.query or parts.fragment:
-        msg = f"{url!r} has a '?' or '#' in it, which keys of checkpoints cannot have"
+        msg = f"{shown!r} has a '?' or '#' behind it, which keys of checkpoints cannot have"
         raise UnsupportedUrlError(msg)
     if not (parts.path.strip("/") if parts.scheme == "file" else parts.netloc):
-        msg = f"{url!r} names no {'directory' if parts.scheme == 'file' else 'bucket'}"
+        msg = f"{shown!r} names no {'directory' if parts.scheme == 'file' else 'bucket'}"
         raise UnsupportedUrlError(msg)
     if any(segment in {".", ".."} for segment in parts.path.split("/")):
-        msg = f"{url!r} has a '.' or '..' segment; spell the place out"
+        msg = f"{shown!r} has a '.' or '..' segment; spell the place out"
         raise UnsupportedUrlError(msg)
     return url.rstrip("/")
 

@@ -73,7 +73,7 @@ def command(url: str | None, json_file: Any, chart: str | None, **options: Any) 
         if url is None:
             raise click.UsageError(_NO_URL)
         if urlsplit(url).scheme != "s3" or not urlsplit(url).netloc:
-            raise click.UsageError(f"{url!r} is not of the form s3://bucket/prefix, which all contenders can reach")
+            raise click.UsageError("URL must be of the form s3://bucket/prefix, which all contenders can reach")
     elif url is not None:
         raise click.UsageError("give a URL or --server, not both")
     _refuse_missing(*_MODULES)
