@@ -17,7 +17,7 @@ BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
 BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
 BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
+.PHONY: demo test lint format faults bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
@@ -53,6 +53,10 @@ fuzz: $(READY) ## hostile input for each reader named in FUZZ, FUZZ_S seconds ea
 	@for name in $(FUZZ); do \
 	  (cd tests && FUZZ_FOUND=../.fuzz ../$(BIN)/python -W ignore -m fuzz $$name -max_total_time=$(FUZZ_S)) || exit 1; \
 	done
+
+faults: $(READY) servers ## every fault at every request, every kill, much damage, on the servers named in SERVERS: hours
+	SERVERS="$(SERVERS)" FAULT_CASES=all FAULT_KILLS=all FAULT_SAVES=500 DAMAGE=10 \
+	$(BIN)/python -m pytest -s tests/test_fault_matrix.py tests/test_endurance.py tests/test_damage.py
 
 servers: $(READY)
 	@for name in $(SERVERS); do \
