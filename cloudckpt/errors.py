@@ -26,6 +26,10 @@ class CheckpointExistsError(CheckpointError):
     """A committed checkpoint is there already and ``overwrite`` was not asked for. Nothing was written."""
 
 
+class CheckpointChangedError(CheckpointError):
+    """Another save replaced the checkpoint while it was looked at. Nothing was learnt of either; look again."""
+
+
 class CommitConflictError(CheckpointError):
     """Another save committed to the same URL first. Its checkpoint stands; ours does not exist."""
 
@@ -78,6 +82,10 @@ class ShapeMismatchError(CheckpointError, ValueError):
     """A shape or an index that does not fit the tensor."""
 
 
+class TooLargeError(CheckpointError, MemoryError):
+    """What was asked for whole does not fit into this process's memory. Nothing of it was fetched."""
+
+
 class DtypeMismatchError(CheckpointError, TypeError):
     """The dtype of the destination differs from the stored one, and casting was refused."""
 
@@ -114,6 +122,21 @@ class DeadlineError(CheckpointError):
 
 class LoadFailedError(CheckpointError):
     """A load failed for a reason that is not ours; what it was loading into is undefined now."""
+
+
+# What the ranks told each other.
+
+
+class RanksFailedError(CheckpointError):
+    """Some ranks failed at what all did together, not all for one reason of ours; the message names each and why."""
+
+
+class RanksLostError(RanksFailedError):
+    """Ranks cannot be reached: killed, or hung for longer than the group's timeout. The group is of no more use."""
+
+
+class BarrierTimeoutError(CheckpointError, TimeoutError):
+    """Some ranks did not come to a barrier in time; the message names them. It was passed by no rank."""
 
 
 # What the store answered.

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt.catalog import KeepLast, newest_step, prune, step_url, sweep, verify
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
 from cloudckpt.engine import loop
-from cloudckpt.errors import CheckpointError, CheckpointNotFoundError, CommitConflictError, IntegrityError
+from cloudckpt.errors import CheckpointChangedError, CheckpointNotFoundError, CommitConflictError, IntegrityError
 from cloudckpt.layout import shard_key
 from cloudckpt.store.url import open_store
 
@@ -140,11 +140,7 @@ def is_newest_sound(root, store_options):
         return False
     try:
         found = verify(step_url(root, step), deep=True, store=store_options)
-    except CheckpointNotFoundError:
-        return False
-    except CheckpointError as e:
-        if "replaced by another save" not in str(e):
-            raise
+    except (CheckpointChangedError, CheckpointNotFoundError):
         return False
     assert found.is_sound, found.problems
     return True

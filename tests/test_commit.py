@@ -21,7 +21,7 @@ from cloudckpt.errors import (
     PreconditionFailedError,
     StoreUnavailableError,
 )
-from cloudckpt.layout import MANIFEST, shard_key
+from cloudckpt.layout import MANIFEST, is_shard_key, shard_key
 from cloudckpt.manifest import Manifest, Shard, Summary, encode, parse
 from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.protocols import IfAbsent
@@ -69,7 +69,10 @@ async def test_whether_conditions_are_honoured_is_asked_once_per_store():
     store = RecordingStore(fresh())
     store.identity = token_hex(4)
     await commit_ours(store)
-    assert store.requests == [("put", MANIFEST)] * 2
+    assert [method for method, _ in store.requests] == ["put", "put", "put", "delete"]
+    probe = store.requests[1][1]
+    assert is_shard_key(probe)
+    assert [key for _, key in store.requests] == [MANIFEST, probe, probe, probe]
     await store.delete([MANIFEST])
     store.requests.clear()
     await commit_ours(store)
@@ -106,6 +109,38 @@ async def test_a_lost_reply_is_not_put_again():
     commit._probed.add(store.identity)
     await commit_ours(store)
     assert store.requests == [("put", MANIFEST), ("get", MANIFEST)]
+
+
+class Pruned(WrappedStore):
+    """A store in which a commit lands, its reply is lost, and somebody removes it, with shards or without."""
+
+    def __init__(self, store, gone):
+        super().__init__(store)
+        self._gone = gone
+
+    async def after(self, method, key):
+        if method == "put" and self._gone:
+            gone, self._gone = self._gone, ()
+            await self._store.delete(gone)
+            raise LOST
+
+
+async def test_what_was_committed_and_removed_with_its_shards_is_not_committed_again():
+    there = fresh()
+    shards = await uploaded(there)
+    store = Pruned(there, [MANIFEST, shards[0].key])
+    with pytest.raises(CommitConflictError, match=r"1 shards of this save .* are gone"):
+        await commit.commit(store, make(), "ours", replaces=None, shard_keys=[s.key for s in shards], deadline_s=5)
+    with pytest.raises(CheckpointNotFoundError):
+        await commit.read_manifest_blob(there)
+
+
+async def test_a_manifest_that_is_gone_while_all_shards_are_there_is_put_again():
+    there = fresh()
+    shards = await uploaded(there)
+    store = Pruned(there, [MANIFEST])
+    await commit.commit(store, make(), "ours", replaces=None, shard_keys=[s.key for s in shards], deadline_s=5)
+    assert await committed_by(there) == "ours"
 
 
 class Damaging(WrappedStore):

@@ -1,6 +1,6 @@
 """Nothing lost: every request of a save and a load failed in every way, and processes killed between any two.
 
-``FAULT_CASES`` says how many cases run on each server (``all``: each fault at each request, and as many pairs of faults),
+``FAULT_CASES`` says how many cases run on each server (``all``: each fault at each request, and as many pairs),
 ``FAULT_KILLS`` how many kills (``all`` for each place, before and after its request), ``FAULT_SEED`` which ones;
 ``make faults`` runs all of them.
 """

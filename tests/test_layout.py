@@ -10,9 +10,12 @@ from cloudckpt.layout import (
     MANIFEST,
     SAFETENSORS,
     SHARDS,
+    is_own_shard_key,
     is_shard_key,
     item_name,
     key_of_item,
+    prefix_of_manifest,
+    prefix_of_shard,
     shard_key,
     step_name,
     step_of,
@@ -120,6 +123,70 @@ def test_a_key_that_is_not_a_shards_is_not_taken_for_one(key):
 @given(st.text(max_size=60))
 def test_any_other_text_is_not_a_shards_key(text):
     assert not is_shard_key(text)
+
+
+OWN = shard_key(TOKEN, SAFETENSORS)
+FRAMED = shard_key(TOKEN, FRAMES)
+OTHER_HASH = OWN.replace(OWN.split("/")[1], f"{int(OWN.split('/')[1], 16) ^ 1:02x}", 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_own", "prefix"),
+    [
+        (OWN, True, ""),
+        (FRAMED, True, ""),
+        (OTHER_HASH, False, None),
+        (f"step-3/{OWN}", False, "step-3/"),
+        (f"run/step-3/{FRAMED}", False, "run/step-3/"),
+        (f"a//{OWN}", False, "a//"),
+        (f"/{OWN}", False, "/"),
+        (f"shards/{OWN}", False, "shards/"),
+        (f"größe %2F\n/{OWN}", False, "größe %2F\n/"),
+        (f"x{OWN}", False, None),
+        (f"step-3/{OTHER_HASH}", False, None),
+        (OWN.replace("shards", "Shards"), False, None),
+        (OWN.removeprefix("shards/"), False, None),
+        (OWN.replace("/", "//", 1), False, None),
+        (f"{OWN}/", False, None),
+        (f"{OWN}.tmp", False, None),
+        (f"{OWN}\n", False, None),
+        (f"{OWN}/{OWN}", False, f"{OWN}/"),
+        (MANIFEST, False, None),
+        (SHARDS, False, None),
+        ("", False, None),
+    ],
+)
+def test_a_shard_of_ours_is_known_by_its_hash_and_tells_its_place(key, is_own, prefix):
+    assert (is_own_shard_key(key), prefix_of_shard(key)) == (is_own, prefix)
+
+
+@given(TOKENS, st.sampled_from([SAFETENSORS, FRAMES]), st.text(max_size=8).map(lambda text: f"{text}/") | st.just(""))
+def test_the_place_comes_back_from_the_key_of_any_shard_in_it(token, ext, prefix):
+    assert is_own_shard_key(shard_key(token, ext))
+    assert prefix_of_shard(prefix + shard_key(token, ext)) == prefix
+    assert prefix_of_manifest(prefix + MANIFEST) == prefix
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"),
+    [
+        (MANIFEST, ""),
+        ("step-3/manifest.json", "step-3/"),
+        ("run/step-3/manifest.json", "run/step-3/"),
+        ("/manifest.json", "/"),
+        ("a//manifest.json", "a//"),
+        ("shards/manifest.json", "shards/"),
+        ("my-manifest.json", None),
+        ("step-3/my-manifest.json", None),
+        ("manifest.json/x", None),
+        ("manifest.json\n", None),
+        ("Manifest.json", None),
+        (OWN, None),
+        ("", None),
+    ],
+)
+def test_a_manifest_is_known_by_its_name_and_tells_its_place(key, prefix):
+    assert prefix_of_manifest(key) == prefix
 
 
 @given(st.integers(0, 10**18 - 1))

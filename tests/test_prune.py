@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 
@@ -11,17 +12,25 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from cloudckpt.catalog import KeepEvery, KeepLast, newest_step, prune, verify
+from cloudckpt.catalog import KeepEvery, KeepLast, newest_step, prune, rewrap, verify
 from cloudckpt.catalog.prune import prune_in
+from cloudckpt.catalog.sweep import Sweeping
 from cloudckpt.dcp import ObjectStoreWriter
+from cloudckpt.engine import commit, loop
 from cloudckpt.errors import (
+    CheckpointNotFoundError,
+    CommitConflictError,
     NotImplementedByStoreError,
-    PreconditionFailedError,
     StoreUnavailableError,
     UsageError,
 )
+from cloudckpt.extensions import AesGcm
+from cloudckpt.layout import shard_key
+from cloudckpt.manifest import parse, parse_summary
 from cloudckpt.store.memory import MemoryStore
+from cloudckpt.store.protocols import IfMatch
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
+from cloudckpt.tombstone import encode_tombstone, swept_keys
 
 LOST = StoreUnavailableError("no answer")
 
@@ -87,16 +96,34 @@ async def test_a_dry_run_tells_the_same_and_writes_nothing():
     assert (told.is_dry_run, told.removed[0].nbytes > 0) == (True, True)
 
 
-async def test_the_manifest_goes_first_and_whole_manifests_are_read_only_of_what_goes():
-    store = RecordingStore(await saved(1, 2))
-    await pruned(store, KeepLast(1))
-    (shard,) = [key for method, key in store.requests if method == "delete"]
-    assert store.requests[-3:] == [
-        ("get", "step-1/manifest.json"),
-        ("delete_if", "step-1/manifest.json"),
-        ("delete", shard),
-    ]
-    assert [key for method, key in store.requests if method == "get"] == ["step-1/manifest.json"]
+async def test_a_tombstone_goes_first_and_the_requests_are_those_promised():
+    store = await saved(1, 2)
+    (shard,) = await keys(store, "step-1/shards")
+    recording = RecordingStore(store)
+    await pruned(recording, KeepLast(1))
+    at, asked = "step-1/manifest.json", recording.requests[5:-4]
+    assert [method for method, _ in recording.requests[:5]].count("get_range") == 2
+    assert len(asked) == 6
+    assert all(not key.startswith("step-") for _, key in asked)
+    assert recording.requests[-4:] == [("get", at), ("put", at), ("delete", shard), ("delete_if", at)]
+
+
+async def test_a_step_is_absent_from_its_tombstone_on_which_names_exactly_its_shards():
+    class Stopping(WrappedStore):
+        async def before(self, method, key):
+            if method == "delete" and key.startswith("step-1/"):
+                raise LOST
+
+    store = await saved(1, 2)
+    shards = await keys(store, "step-1/shards")
+    await store.put(f"step-1/{shard_key('7' * 32, 'frames')}", [memoryview(b"of another attempt")])
+    with pytest.raises(StoreUnavailableError):
+        await pruned(Stopping(store), KeepLast(1))
+    tombstone = (await store.get("step-1/manifest.json")).data
+    assert {f"step-1/{key}" for key in swept_keys(tombstone, "there")} == set(shards)
+    with pytest.raises(CheckpointNotFoundError):
+        await asyncio.to_thread(verify, f"{store.url}/step-1")
+    assert (await pruned(store, KeepLast(1))).passed_over == {}
 
 
 async def test_what_is_not_a_committed_step_is_neither_judged_nor_touched():
@@ -131,7 +158,7 @@ class Replacing(WrappedStore):
                 await self._store.put(found, [memoryview((await self._other.get(found)).data)])
 
 
-@pytest.mark.parametrize("method", ["get", "delete_if"])
+@pytest.mark.parametrize("method", ["get", "put"])
 async def test_a_step_that_was_saved_again_meanwhile_stays(method):
     store, other = await saved(1, 2), await saved(1)
     result = await pruned(Replacing(store, other, method), KeepLast(1))
@@ -139,33 +166,145 @@ async def test_a_step_that_was_saved_again_meanwhile_stays(method):
     assert await is_sound(store, 1)
 
 
-async def test_a_store_that_deletes_without_conditions_only_is_pruned_too():
-    class Simple(WrappedStore):
-        async def delete_if(self, key, condition):
+class Meanwhile(RecordingStore):
+    """Something happens before request ``at``."""
+
+    def __init__(self, store, at, happens):
+        super().__init__(store)
+        self._at = at
+        self._happens = happens
+
+    async def before(self, method, key):
+        await super().before(method, key)
+        if len(self.requests) == self._at + 1:
+            await self._happens()
+
+
+async def test_a_save_that_overwrites_the_step_before_any_request_stands():
+    counting = RecordingStore(await saved(1, 2))
+    await pruned(counting, KeepLast(1))
+    for k in range(len(counting.requests)):
+        store = await saved(1, 2)
+        (before,) = await keys(store, "step-1/shards")
+
+        async def overwrite(store=store):
+            await asyncio.to_thread(save, store.url, 1, overwrite=True)
+
+        result = await pruned(Meanwhile(store, k, overwrite), KeepLast(1))
+        assert before not in await keys(store)
+        if "step-1" in await places(store):
+            assert await is_sound(store, 1), k
+        else:
+            assert k < 5, "it was there when the steps were looked at, and is not kept"
+            assert [removed.step for removed in result.removed] == [1]
+
+
+@pytest.mark.parametrize("k", range(3))
+async def test_a_save_commits_whose_step_is_pruned_before_a_request_of_its_commit(k):
+    store, other = await saved(1, 2), await saved(1)
+    mine = MemoryStore(store.url.removeprefix("memory://"), "step-1/")
+    replaces = await commit.prepare(mine, overwrite=True)
+    for found in await keys(other, "step-1/shards"):
+        await store.put(found, [memoryview((await other.get(found)).data)])
+    data = (await other.get("step-1/manifest.json")).data
+    made = parse(data, "there")
+    shards = [shard.key for shard in made.shards]
+    happened = []
+
+    async def happens():
+        happened.extend((await pruned(store, KeepLast(1))).removed)
+
+    await commit.commit(
+        Meanwhile(mine, k, happens), data, made.summary.save_id, replaces=replaces, deadline_s=1, shard_keys=shards
+    )
+    if happened and happened[0].save_id == made.summary.save_id:
+        return  # it was committed by then, and the policy does not keep it
+    assert await is_sound(store, 1)
+
+
+class Simple(WrappedStore):
+    """A store that deletes without conditions only."""
+
+    async def delete_if(self, key, condition):
+        raise NotImplementedByStoreError("501")
+
+
+class Careless(WrappedStore):
+    """A store that ignores the conditions of deletions."""
+
+    async def delete_if(self, key, condition):
+        await self.before("delete_if", key)
+        await self._store.delete([key])
+
+
+class Older(WrappedStore):
+    """A store that knows ``If-None-Match`` and no ``If-Match``, except of deletions."""
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        if isinstance(condition, IfMatch):
             raise NotImplementedByStoreError("501")
+        return await super().put(key, body, condition=condition, crc32c=crc32c)
+
+
+class Ignoring(WrappedStore):
+    """A store that ignores the conditions of puts."""
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        return await super().put(key, body, crc32c=crc32c)
+
+
+class Unconditional(Ignoring, Careless):
+    """A store that ignores all conditions."""
+
+
+@pytest.mark.parametrize("kind", [Simple, Careless, Older, Ignoring, Unconditional])
+async def test_a_store_that_lacks_conditions_is_pruned_too(kind):
+    store = await saved(1, 2)
+    assert [removed.step for removed in (await pruned(kind(store), KeepLast(1))).removed] == [1]
+    assert await places(store) == {"step-2"}
+    assert await is_sound(store, 2)
+
+
+@pytest.mark.parametrize("kind", [Older, Ignoring])
+async def test_no_tombstone_is_put_where_it_could_take_the_place_of_another_save(kind):
+    store, other = await saved(1, 2), await saved(1)
+    recording = RecordingStore(Replacing(store, other, "delete_if"))
+    result = await pruned(kind(recording), KeepLast(1))
+    assert ("put", "step-1/manifest.json") not in recording.requests
+    assert result.passed_over == {1: "another save replaced it meanwhile"}
+    assert await is_sound(store, 1)
+
+
+@pytest.mark.parametrize("kind", [Simple, Careless, WrappedStore])
+async def test_a_save_that_replaced_the_tombstone_is_not_taken_away_with_it(kind):
+    class Late(WrappedStore):
+        async def after(self, method, key):
+            if method == "delete" and key.startswith("step-1/shards"):
+                await asyncio.to_thread(save, store.url, 1)
 
     store = await saved(1, 2)
-    await pruned(Simple(store), KeepLast(1))
-    assert await places(store) == {"step-2"}
+    assert [removed.step for removed in (await pruned(kind(Late(store)), KeepLast(1))).removed] == [1]
+    assert await is_sound(store, 1)
 
 
-async def test_another_prune_that_was_faster_is_no_error():
+@pytest.mark.parametrize("method", ["get", "put", "delete_if"])
+async def test_another_prune_that_was_faster_is_no_error(method):
     class Racing(WrappedStore):
-        async def before(self, method, key):
-            if method in {"get", "delete_if"}:
+        async def before(self, called, key):
+            if called == method and key.startswith("step-1/"):
                 await prune_in(self._store, KeepLast(1), is_dry_run=False)
-            if method == "delete_if":
-                raise PreconditionFailedError("404")
 
     store = await saved(1, 2, 3)
-    await pruned(Racing(store), KeepLast(1))
+    result = await pruned(Racing(store), KeepLast(1))
+    assert set(result.passed_over.values()) <= {"it was removed meanwhile"}
     assert await places(store) == {"step-3"}
 
 
-async def test_a_manifest_whose_deletion_got_no_answer_is_asked_to_go_again():
+@pytest.mark.parametrize("method", ["put", "delete_if"])
+async def test_a_request_that_got_no_answer_is_looked_into(method):
     class Deaf(WrappedStore):
-        async def after(self, method, key):
-            if method == "delete_if":
+        async def after(self, called, key):
+            if called == method and key == "step-1/manifest.json":
                 raise LOST
 
     store = await saved(1, 2)
@@ -173,25 +312,72 @@ async def test_a_manifest_whose_deletion_got_no_answer_is_asked_to_go_again():
     assert await places(store) == {"step-2"}
 
 
+def test_new_keys_for_a_step_that_is_being_pruned_do_not_bring_it_back():
+    keys, url = {"old": bytes(range(32)), "new": bytes(32)}, f"memory://{token_hex(6)}/step-1"
+    dcp.save({"w": torch.ones(4)}, storage_writer=ObjectStoreWriter(url, extensions=[AesGcm("old", keys)]))
+    store = MemoryStore(url.removeprefix("memory://").partition("/")[0], "step-1/")
+
+    async def condemn():
+        shards = [found.key async for found in store.list_objects("shards/")]
+        data = encode_tombstone(shards, created=datetime.now(UTC), writer="a prune")
+        await store.put("manifest.json", [memoryview(data)])
+
+    def find(key_id):
+        if key_id == "new":
+            loop.run(condemn)
+        return keys[key_id]
+
+    with pytest.raises(CommitConflictError):
+        rewrap(url, "new", find)
+    with pytest.raises(CheckpointNotFoundError):
+        verify(url)
+
+
+async def assert_each_is_whole_or_gone(store, k):
+    """A sweep of what is a day old leaves committed steps, and tombstones with nothing beside them."""
+    await Sweeping(store, grace_s=86_400, is_dry_run=False, include_whole=False, names=()).run()
+    for step in (1, 2, 3):
+        left = await keys(store, f"step-{step}/")
+        is_committed = bool(left) and not parse_summary((await store.get(left[0])).data, "there").is_tombstone
+        assert is_committed or step != 3, k
+        if is_committed:
+            assert await is_sound(store, step), (k, step)
+        else:
+            assert left in ([], [f"step-{step}/manifest.json"]), (k, step)
+
+
 @pytest.mark.parametrize("is_reply_lost", [False, True], ids=["request lost", "reply lost"])
 async def test_a_prune_that_fails_at_any_request_leaves_each_step_whole_or_gone(is_reply_lost):
     counting = RecordingStore(await saved(1, 2, 3))
     await pruned(counting, KeepLast(1))
-    assert len(counting.requests) > 10
+    assert len(counting.requests) > 20
     for k in range(len(counting.requests)):
         store = await saved(1, 2, 3)
         try:
             await pruned(FailingStore(store, k, LOST, is_reply_lost=is_reply_lost), KeepLast(1))
         except* StoreUnavailableError:
             pass
-        for step in (1, 2, 3):
-            if f"step-{step}/manifest.json" in await keys(store):
-                assert await is_sound(store, step), (k, step)
-            else:
-                assert step != 3
+        await assert_each_is_whole_or_gone(store, k)
         assert (await pruned(store, KeepLast(1))).kept == (3,)
-        manifests = [key for key in await keys(store) if key.endswith("manifest.json")]
-        assert manifests == ["step-3/manifest.json"]
+        assert [key for key in await keys(store) if key.startswith(("step-1/s", "step-2/s"))] == []
+
+
+async def test_a_prune_that_is_cancelled_at_any_request_leaves_each_step_whole_or_gone():
+    counting = RecordingStore(await saved(1, 2, 3))
+    await pruned(counting, KeepLast(1))
+    for k in range(len(counting.requests)):
+        store = await saved(1, 2, 3)
+        running = []
+
+        async def cancel(running=running):
+            running[0].cancel()
+            await asyncio.sleep(0)
+
+        running.append(asyncio.ensure_future(pruned(Meanwhile(store, k, cancel), KeepLast(1))))
+        with pytest.raises(asyncio.CancelledError):
+            await running[0]
+        assert [key for key in await keys(store) if key.startswith("shards/")] == []
+        await assert_each_is_whole_or_gone(store, k)
 
 
 @pytest.mark.parametrize("make", [lambda: KeepLast(0), lambda: KeepEvery(steps=0)], ids=["last", "every"])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 
@@ -22,6 +23,7 @@ from cloudckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CommitConflictError,
+    IntegrityError,
     ManifestError,
     NotCommittedError,
     ObjectNotFoundError,
@@ -37,6 +39,7 @@ from cloudckpt.store.memory import MemoryStore
 from cloudckpt.store.protocols import IfAbsent
 from cloudckpt.store.url import open_store
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
+from cloudckpt.tombstone import encode_tombstone
 
 LOST = StoreUnavailableError("no answer")
 
@@ -352,6 +355,43 @@ def test_nothing_there_and_what_was_swept_are_refused(url):
     sweep(url, grace_s=0, dry_run=False, include_whole=True)
     with pytest.raises(NotCommittedError, match="was swept"):
         rebuild(url)
+
+
+def test_what_was_swept_is_not_used_beside_what_came_later(url):
+    save(url)
+    condemned = lose_manifest(url).shards[0].key
+    data = get(url, condemned)
+    sweep(url, grace_s=0, dry_run=False, include_whole=True)
+    put(url, condemned, data)  # a sweep that has not deleted it yet
+    with pytest.raises(NotCommittedError, match="was swept"):
+        rebuild(url)
+    save(url)
+    later = lose_manifest(url).shards[0].key
+    sweep_again = encode_tombstone([condemned], created=datetime.now(UTC), writer="a sweep")
+    put(url, "manifest.json", sweep_again)
+    with pytest.raises(UsageError, match="to take"):
+        rebuild(url, shards=[condemned])
+    assert [shard.key for shard in rebuild(url).shards] == [later]
+    assert verify(url, deep=True).is_sound
+
+
+async def test_a_shard_that_goes_after_it_was_read_keeps_the_manifest_from_being_put(url):
+    await asyncio.to_thread(save, url)
+    key = (await asyncio.to_thread(lose_manifest, url)).shards[0].key
+
+    class Losing(RecordingStore):
+        async def before(self, method, key_):
+            await super().before(method, key_)
+            if self.requests.count(("list_objects", "shards/")) == 2:
+                await self._store.delete([key])
+
+    store = MemoryStore(
+        url.removeprefix("memory://").partition("/")[0], url.removeprefix("memory://").partition("/")[2] + "/"
+    )
+    with pytest.raises(IntegrityError, match="is gone"):
+        await rebuild_in(Losing(store), shards=None, is_dry_run=False)
+    with pytest.raises(ObjectNotFoundError):
+        await store.get("manifest.json")
 
 
 def test_shards_with_extensions_are_refused_and_the_plain_ones_beside_them_are_not(url):

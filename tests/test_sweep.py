@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,17 +12,20 @@ from secrets import token_hex
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from awscrt.checksums import crc32c
 
-from cloudckpt.catalog import sweep, verify
+from cloudckpt.catalog import rebuild, sweep, verify
 from cloudckpt.catalog.sweep import Sweeping
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
 from cloudckpt.engine import commit, loop
-from cloudckpt.errors import CommitConflictError, StoreUnavailableError, UsageError
+from cloudckpt.errors import CommitConflictError, NotImplementedByStoreError, StoreUnavailableError, UsageError
 from cloudckpt.extensions import ZStandard
 from cloudckpt.layout import shard_key
 from cloudckpt.manifest import parse, parse_summary
+from cloudckpt.safetensors_header import HeaderItem
+from cloudckpt.safetensors_header import encode as encode_header
 from cloudckpt.store.memory import MemoryStore, _Object
-from cloudckpt.store.protocols import IfAbsent
+from cloudckpt.store.protocols import IfAbsent, IfMatch
 from cloudckpt.store.url import open_store
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
 from cloudckpt.tombstone import swept_keys
@@ -272,6 +276,39 @@ async def test_a_whole_attempt_is_kept_beside_one_that_is_not(name, store):
     assert len((await swept(store)).removed) == 1
 
 
+async def test_a_whole_attempt_is_kept_beside_half_of_one_that_was_cut_otherwise(name, store):
+    """The other had two ranks and a larger state dict; what its second rank wrote names nothing alike."""
+    await asyncio.to_thread(save, name, "step-3")
+    await store.delete(["step-3/manifest.json"])
+    token = "7" * 32
+    items = [("w@10,0", (10, 3)), ("more@8", (8,))]
+    notes = {"w@10,0": {"shape": [20, 3]}, "more@8": {"shape": [16]}}
+    said = json.dumps({"version": 1, "rank": 1, "attempt": token, "items": notes})
+    header = encode_header(
+        [HeaderItem(name=n, dtype="F32", shape=s, nbytes=4 * math.prod(s)) for n, s in items],
+        {"format": "pt", "cloudckpt": said},
+    )
+    await put(store, "step-3/" + key(token, "safetensors"), header + bytes(4 * 38))
+    age(name)
+    (kept,) = (await swept(store)).kept
+    assert kept.is_rescuable
+    await store.delete([next(k for k in kept.keys if token not in k)])
+    assert len((await swept(store)).removed) == 1
+
+
+async def test_what_a_newer_release_wrote_is_kept_unless_asked(name, store):
+    await asyncio.to_thread(save, name, "step-3")
+    await store.delete(["step-3/manifest.json"])
+    (shard,) = await keys(store)
+    data = (await store.get(shard)).data
+    await put(store, shard, data.replace(b'\\"version\\":1', b'\\"version\\":2'))
+    age(name)
+    (kept,) = (await swept(store)).kept
+    assert kept.is_rescuable
+    assert "another release" in kept.why
+    assert len((await swept(store, include_whole=True)).removed) == 1
+
+
 async def test_an_attempt_that_lacks_a_shard_or_cannot_be_rebuilt_is_not_kept(name, store):
     await asyncio.to_thread(save, name, "step-3", extensions=(ZStandard(),))
     await store.delete(["step-3/manifest.json"])
@@ -281,15 +318,18 @@ async def test_an_attempt_that_lacks_a_shard_or_cannot_be_rebuilt_is_not_kept(na
 
 
 async def test_what_an_interrupted_sweep_left_beside_its_tombstone_is_removed_at_any_age(name, store):
+    class Stopping(WrappedStore):
+        async def before(self, method, key):
+            if method == "delete" and key.startswith("step-3/"):
+                raise LOST
+
     await leave(store)
     age(name)
-    failing = FailingStore(store, 9, LOST)
     with pytest.raises(StoreUnavailableError):
-        await swept(failing)
-    assert "step-3/manifest.json" in await keys(store)
-    assert len(await keys(store)) + len(await uploads(store)) > 1
+        await swept(Stopping(store))
+    assert len(await keys(store, "step-3/")) == 3
     again = await swept(store)
-    assert again.removed[0].why == "swept before, but not to its end"
+    assert again.removed[0].why == "condemned before, and not removed to the end"
     assert await keys(store) == ["step-3/manifest.json"]
 
 
@@ -321,6 +361,61 @@ async def test_a_tombstone_with_nothing_beside_it_goes_when_it_is_old(name, stor
     (removed,) = (await swept(store)).removed
     assert removed.keys == ("step-3/manifest.json",)
     assert await keys(store) == []
+
+
+async def test_a_whole_attempt_beside_a_tombstone_is_kept_and_can_be_rebuilt(name, store):
+    await leave(store)
+    await asyncio.to_thread(save, name, "step-3", overwrite=True)
+    (later,) = parse((await store.get("step-3/manifest.json")).data, "there").shards
+    data = (await store.get(f"step-3/{later.key}")).data
+    await store.delete(["step-3/manifest.json", f"step-3/{later.key}"])
+    age(name)
+    await swept(store)
+    await put(store, f"step-3/{later.key}", data)
+    age(name)
+    (kept,) = (await swept(store)).kept
+    assert (kept.is_rescuable, kept.keys) == (True, (f"step-3/{later.key}",))
+    await asyncio.to_thread(rebuild, f"memory://{name}/step-3")
+    assert (await asyncio.to_thread(verify, f"memory://{name}/step-3", deep=True)).is_sound
+
+
+async def test_a_tombstone_that_took_the_place_of_an_old_one_while_it_was_looked_at_stays(name, store):
+    await leave(store)
+    age(name)
+    await swept(store)
+    age(name)
+
+    class Racing(WrappedStore):
+        """Another sweep finds another attempt, and ends, after this one has listed."""
+
+        async def before(self, method, key):
+            if (method, key) == ("get", "step-3/manifest.json"):
+                await leave(self._store)
+                await swept(self._store, grace_s=0)
+
+    assert (await swept(Racing(store))).removed == ()
+    assert await keys(store) == ["step-3/manifest.json"]
+
+
+async def test_an_upload_that_is_completed_between_the_listings_is_seen(name, store):
+    await leave(store)
+    age(name)
+    upload = await store.create_upload("step-3/" + key())
+    part = await store.put_part(upload, 1, 0, [memoryview(b"new")], crc32c=crc32c(b"new"))
+
+    class Completing(WrappedStore):
+        listings = 0
+
+        async def before(self, method, key):
+            self.listings += method in {"list_objects", "list_uploads"}
+            if self.listings == 2 and upload.key in await uploads(self._store):
+                await self._store.complete_upload(upload, [part], crc32c=crc32c(b"new"))
+
+    before = await keys(store)
+    result = await swept(Completing(store))
+    assert result.removed == ()
+    assert "younger than the grace" in result.kept[0].why
+    assert await keys(store) == sorted([*before, upload.key])
 
 
 async def test_a_tombstone_stays_where_deletes_are_not_conditional(name, store):
@@ -425,6 +520,65 @@ async def test_a_store_that_ignores_conditions_is_swept_only_where_it_is_told_by
     assert len(await keys(store, "step-4/")) == 2
 
 
+class Unknowing(WrappedStore):
+    """A store that refuses conditions it does not know."""
+
+    def __init__(self, store, *unknown):
+        super().__init__(store)
+        self._unknown = unknown
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        if isinstance(condition, self._unknown):
+            raise NotImplementedByStoreError("501")
+        return await super().put(key, body, condition=condition, crc32c=crc32c)
+
+
+async def test_a_store_that_refuses_conditions_is_swept_only_where_it_is_told_by_name(name, store):
+    await leave(store)
+    age(name)
+    unknowing = Unknowing(store, IfAbsent, IfMatch)
+    assert "does not honour conditional writes" in (await swept(unknowing)).kept[0].why
+    assert len((await swept(unknowing, names=["step-3"])).removed) == 1
+    assert await keys(store) == ["step-3/manifest.json"]
+
+
+class Replacing(WrappedStore):
+    """A store that ignores ``If-Match``, on which a save replaces the tombstone before a sweep does."""
+
+    def __init__(self, store, manifest):
+        super().__init__(store)
+        self._manifest = manifest
+
+    async def put(self, key, body, *, condition=None, crc32c=None):
+        if isinstance(condition, IfMatch):
+            if key == "step-3/manifest.json":
+                await self._store.put(key, [memoryview(self._manifest)])
+            condition = None
+        return await super().put(key, body, condition=condition, crc32c=crc32c)
+
+
+async def test_no_tombstone_is_replaced_on_a_store_that_knows_if_none_match_alone(name, store):
+    other = token_hex(6)
+    await asyncio.to_thread(save, other, "step-3")
+    manifest = (await MemoryStore(other).get("step-3/manifest.json")).data
+    await leave(store)
+    age(name)
+    await swept(store)
+    await leave(store)
+    age(name)
+    before = await keys(store)
+    result = await swept(Replacing(store, manifest))
+    assert result.removed == ()
+    assert "does not honour conditional writes" in result.kept[0].why
+    assert await keys(store) == before
+
+
+@pytest.mark.parametrize("place", ["..", "../step-3", "a/../../step-3", "a//b", "./step-3"])
+def test_a_name_that_is_no_place_below_the_root_is_misuse(name, place):
+    with pytest.raises(UsageError, match="no place below the root"):
+        sweep(f"memory://{name}/run", names=[place])
+
+
 async def test_only_the_named_places_are_swept(name, store):
     for prefix in ("step-3/", "step-33/", "step-3/deeper/", ""):
         await leave(store, prefix)
@@ -498,6 +652,34 @@ async def test_a_sweep_that_fails_at_any_request_loses_nothing_and_can_be_run_ag
         assert {k for k in await keys(store) if k.startswith("shards/")} <= set(FOREIGN)
 
 
+async def test_a_sweep_that_is_cancelled_at_any_request_loses_nothing_and_can_be_run_again(name):
+    class Cancelling(RecordingStore):
+        def __init__(self, store, at):
+            super().__init__(store)
+            self.at = at
+            self.task = None
+
+        async def before(self, method, key):
+            await super().before(method, key)
+            if len(self.requests) == self.at + 1:
+                self.task.cancel()
+                await asyncio.sleep(0)
+
+    counting = RecordingStore(await _scene(token_hex(6)))
+    await swept(counting)
+    for k in range(len(counting.requests)):
+        mine = f"{name}-{k}"
+        store = Cancelling(await _scene(mine), k)
+        store.task = asyncio.ensure_future(swept(store))
+        with pytest.raises(asyncio.CancelledError):
+            await store.task
+        left = set(await keys(MemoryStore(mine)))
+        assert kept_by_all(mine) <= left
+        assert {k for k in left if k.startswith("shards/")} <= set(FOREIGN)
+        await swept(MemoryStore(mine))
+        assert all(k.endswith("/manifest.json") for k in set(await keys(MemoryStore(mine))) - kept_by_all(mine)), k
+
+
 async def test_two_sweeps_at_once_are_harmless(name):
     class Taking(WrappedStore):
         """Lets the other sweep have its turn with each request."""
@@ -559,6 +741,27 @@ def run_sweep(root, options, s3):
     loaded = {"w": torch.zeros(20, 3), "x": None}
     dcp.load(loaded, storage_reader=ObjectStoreReader(f"{root}/step-3", **s3))
     assert torch.equal(loaded["w"], STATE["w"])
+
+
+ODD = ["a b", "a+b&c=d", "100%25", "step-3%2F", "größe/ü", "<a>'\"", "~!*()"]
+
+
+def test_places_of_odd_names_are_swept_on_a_server(store_options, root):
+    async def act():
+        async with open_store(root, store_options) as opened:
+            for place in ODD:
+                await leave(opened, f"{place}/")
+            sweeping = Sweeping(opened, grace_s=-1, is_dry_run=False, include_whole=False, names=())
+            result = await sweeping.run()
+            return {removed.prefix for removed in result.removed}, await keys(opened), await uploads(opened)
+
+    assert loop.run(act) == (set(ODD), sorted(f"{place}/manifest.json" for place in ODD), [])
+
+
+def test_a_bucket_itself_is_a_root(client, store_options, s3):
+    bucket = f"b-{token_hex(6)}"
+    client.create_bucket(Bucket=bucket)
+    run_sweep(f"s3://{bucket}", store_options, s3)
 
 
 COMMAND = str(Path(sys.executable).parent / "cloudckpt")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
 
@@ -17,13 +18,14 @@ from msgspec.structs import replace
 from safetensors.torch import save_file
 
 from cloudckpt.catalog import verify
+from cloudckpt.catalog.placing import placing_of
 from cloudckpt.catalog.streaming import Stream, read_streams
 from cloudckpt.catalog.verify import _verify_in
 from cloudckpt.dcp import ObjectStoreWriter
 from cloudckpt.engine import loop
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.errors import (
-    CheckpointError,
+    CheckpointChangedError,
     CheckpointNotFoundError,
     EncryptionKeyError,
     IntegrityError,
@@ -33,7 +35,8 @@ from cloudckpt.errors import (
     UsageError,
 )
 from cloudckpt.extensions import AesGcm, BytePlane, ZStandard
-from cloudckpt.manifest import encode, parse
+from cloudckpt.layout import shard_key
+from cloudckpt.manifest import FORMAT, BytesEntry, Manifest, Shard, Summary, encode, overlap_problems, pack, parse
 from cloudckpt.ranges import Range
 from cloudckpt.store.memory import MemoryStore
 from cloudckpt.store.url import open_store
@@ -259,6 +262,32 @@ def test_items_that_share_some_of_their_bytes_are_found():
     assert any("overlaps" in p for p in verify(url).problems)
 
 
+PLACES = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 12), st.integers(0, 5), st.integers(0, 3)), max_size=5)
+
+
+@settings(max_examples=500, deadline=None)
+@given(PLACES)
+def test_overlaps_are_told_as_the_manifest_tells_them(places):
+    """The catalog asks a faster question first."""
+    shards = tuple(
+        Shard(
+            key=shard_key(f"{i:032x}", "safetensors"),
+            size=20,
+            crc32c=0,
+            frame_size=2,
+            frame_checksums=pack([0] * 9),
+        )
+        for i in range(2)
+    )
+    entries = {
+        f"{i}": BytesEntry(nbytes, shard, start, start + nbytes, frame)
+        for i, (shard, start, nbytes, frame) in enumerate(places)
+    }
+    summary = Summary(format=FORMAT, version=1, save_id="a", created=datetime.now(UTC), writer="b")
+    manifest = Manifest(summary=summary, metadata={}, planner_paths=None, shards=shards, entries=entries)
+    assert placing_of(manifest).problems == overlap_problems(manifest)
+
+
 def test_two_entries_in_the_very_same_bytes_are_sound():
     url = fresh()
     entries = dict(manifest_of(url).entries)
@@ -335,7 +364,7 @@ async def test_what_is_removed_or_replaced_meanwhile_is_not_called_damaged(deep)
     await asyncio.to_thread(save, f"memory://{name}/other")
     other = (await MemoryStore(name, "other/").get("manifest.json")).data
     store = MemoryStore(name, "s/")
-    with pytest.raises(CheckpointError, match="replaced by another save"):
+    with pytest.raises(CheckpointChangedError, match="replaced by another save"):
         await looked_at(Replacing(store, other), deep)
     await asyncio.to_thread(save, f"memory://{name}/s2")
     with pytest.raises(CheckpointNotFoundError, match="removed while it was verified"):

@@ -11,7 +11,7 @@ from secrets import token_hex
 from cloudckpt.engine.loop import shielded
 from cloudckpt.errors import NotImplementedByStoreError, ObjectNotFoundError, PreconditionFailedError
 from cloudckpt.layout import FRAMES, shard_key
-from cloudckpt.store.protocols import IfAbsent, IfMatch, Store
+from cloudckpt.store.protocols import Condition, IfAbsent, IfMatch, Store
 
 _NOBODYS_ETAG = '"00000000000000000000000000000000"'
 
@@ -23,12 +23,19 @@ class Server:
     Attributes:
         now: a moment ago, by its clock and as its listings tell time.
         honours_puts: whether ``If-None-Match`` keeps an object from being replaced.
+        honours_replacements: whether ``If-Match`` keeps another object from being replaced. Stores knew the former
+            earlier than this (S3: by three months), and some know it alone.
         honours_deletes: whether ``If-Match`` keeps another object from being deleted.
     """
 
     now: datetime
     honours_puts: bool
+    honours_replacements: bool
     honours_deletes: bool
+
+    def honours(self, condition: Condition) -> bool:
+        """Whether a put on that condition is one."""
+        return self.honours_replacements if isinstance(condition, IfMatch) else self.honours_puts
 
 
 async def ask_server(store: Store) -> Server:
@@ -41,11 +48,17 @@ async def ask_server(store: Store) -> Server:
     try:
         await store.put(key, [memoryview(b"?")])
         now = await _modified(store, key)
-        honours_puts = await _is_put_refused(store, key)
+        honours_puts = await _is_put_refused(store, key, IfAbsent())
+        honours_replacements = await _is_put_refused(store, key, IfMatch(_NOBODYS_ETAG))
         honours_deletes = await _is_delete_refused(store, key)
     finally:
         await shielded(lambda: store.delete([key]))
-    return Server(now=now, honours_puts=honours_puts, honours_deletes=honours_deletes)
+    return Server(
+        now=now,
+        honours_puts=honours_puts,
+        honours_replacements=honours_replacements,
+        honours_deletes=honours_deletes,
+    )
 
 
 async def _modified(store: Store, key: str) -> datetime:
@@ -57,11 +70,13 @@ async def _modified(store: Store, key: str) -> datetime:
     raise ObjectNotFoundError(msg)
 
 
-async def _is_put_refused(store: Store, key: str) -> bool:
+async def _is_put_refused(store: Store, key: str, condition: Condition) -> bool:
     try:
-        await store.put(key, [memoryview(b"?")], condition=IfAbsent())
+        await store.put(key, [memoryview(b"?")], condition=condition)
     except PreconditionFailedError:
         return True
+    except (NotImplementedByStoreError, ObjectNotFoundError):
+        return False
     return False
 
 

@@ -17,11 +17,10 @@ _Identity = tuple[str, str, tuple[int, ...]]
 def could_be_whole(shards: Sequence[DescribedShard]) -> bool:
     """Whether a save may have left all of its shards among these.
 
-    Where items are there more than once, shards of several saves lie together, and those that cannot be part of a
-    whole one are left out. It errs on the side of yes.
+    Where shards contradict each other, or a rank wrote several, those of several saves may lie together, and those
+    that cannot be part of a whole one are left out. It errs on the side of yes.
     """
-    names = Counter(item.name for shard in shards for item in shard.items)
-    are_several = any(count > 1 for count in names.values())
+    are_several = len({shard.rank for shard in shards}) < len(shards) or bool(ambiguities(shards))
     left = list(shards)
     while left:
         lacking = set(_incomplete(left))

@@ -70,14 +70,16 @@ async def look(store: Lists, names: Sequence[str] = ()) -> list[Found]:
 
     wanted = [f"{name.strip('/')}/" if name.strip("/") else "" for name in names]
     for place in wanted or [""]:
+        async for upload in store.list_uploads(
+            place
+        ):  # first: one that is completed meanwhile is seen twice, not never
+            prefix = prefix_of_shard(upload.key)
+            if prefix is not None:
+                at(prefix).uploads.append(upload)
         async for info in store.list_objects(place):
             prefix = prefix_of_shard(info.key)
             if prefix is not None:
                 at(prefix).shards.append(info)
             elif (prefix := prefix_of_manifest(info.key)) is not None:
                 at(prefix).manifest = info
-        async for upload in store.list_uploads(place):
-            prefix = prefix_of_shard(upload.key)
-            if prefix is not None:
-                at(prefix).uploads.append(upload)
     return [found[prefix] for prefix in sorted(found) if not wanted or prefix in wanted]

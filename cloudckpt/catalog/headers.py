@@ -1,6 +1,6 @@
 """The headers of plain shards, read from a store, and what they say for a rebuild.
 
-Law: what a header claims is proven before it is used. Async only in `read_header`.
+Law: what a header claims is proven before it is used. Async only in `describe_all`.
 """
 
 import asyncio
@@ -9,7 +9,8 @@ from datetime import datetime
 
 import msgspec
 
-from cloudckpt.convert.safetensors import Header, header_range, parse_header
+from cloudckpt.convert.find import read_safetensors_header
+from cloudckpt.convert.safetensors import Header
 from cloudckpt.dtypes import DTYPES, RAW
 from cloudckpt.errors import ManifestError, ObjectNotFoundError, UnsupportedVersionError
 from cloudckpt.layout import item_name, key_of_item, token_of
@@ -17,9 +18,6 @@ from cloudckpt.manifest import VERSION, PlannerPath
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import GetRange, ObjectInfo
 from cloudckpt.threads import in_thread
-
-_HEAD_NBYTES = 32 << 10
-"""Most headers fit in."""
 
 _CONCURRENCY = 8
 """Headers that are read at a time; each has 64 MiB at most, if it is ours."""
@@ -76,26 +74,6 @@ class DescribedShard(msgspec.Struct, frozen=True, kw_only=True):
     items: tuple[DescribedItem, ...]
 
 
-async def read_header(store: GetRange, key: str, size: int, where: str) -> Header:
-    """Reads the header of a file of safetensors.
-
-    Args:
-        store: it lies in.
-        key: of the object.
-        size: of the object.
-        where: it lies, for errors.
-
-    Raises:
-        ManifestError: it is none, or contradicts itself.
-        StoreError: it could not be read.
-    """
-    head = await _get_range(store, key, Range(0, min(size, _HEAD_NBYTES)))
-    at = header_range(head, size, where)
-    if at.stop > len(head):
-        head += await _get_range(store, key, Range(len(head), at.stop))
-    return await in_thread(parse_header, memoryview(head)[at.start : at.stop], size, where)
-
-
 async def describe_all(
     store: GetRange, found: Sequence[ObjectInfo], where: str
 ) -> list[DescribedShard | ManifestError]:
@@ -109,7 +87,7 @@ async def describe_all(
     async def one(info: ObjectInfo) -> DescribedShard | ManifestError:
         async with slots:
             try:
-                header = await read_header(store, info.key, info.size, f"{where}/{info.key}")
+                header = await read_safetensors_header(store, info.key, info.size, f"{where}/{info.key}")
                 return await in_thread(describe, info, header, f"{where}/{info.key}")
             except ManifestError as e:
                 return e
@@ -194,10 +172,3 @@ def _item_problems(item: DescribedItem, note: _ItemNote, dtype: str, shape: tupl
         yield f"its dtype is {item.dtype!r}, in {dtype}"
     if ("@" in item.name) == (item.sizes == item.shape):
         yield f"it is named as {'a part' if '@' in item.name else 'the whole'} of {list(item.shape)}"
-
-
-async def _get_range(store: GetRange, key: str, at: Range) -> bytes:
-    data = bytearray(len(at))
-    if data:
-        await store.get_range(key, at, [memoryview(data)])
-    return bytes(data)

@@ -1,33 +1,30 @@
 """Old steps removed by policy.
 
-Law: the manifest first, on the condition that it is still the one that was read; then exactly the shards it named.
+Law: a tombstone takes the manifest's place, on the condition that it is still the one that was read, and names what
+it named; then exactly these shards go; last the tombstone.
 """
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloudckpt.catalog.asking import Server, ask_server
+from cloudckpt.catalog.condemning import condemn, find_blob, take_away
 from cloudckpt.catalog.policies import CommittedStep, Policy
 from cloudckpt.catalog.summaries import read_summary
 from cloudckpt.engine.session import Session
-from cloudckpt.errors import (
-    ManifestError,
-    NotImplementedByStoreError,
-    ObjectNotFoundError,
-    PreconditionFailedError,
-    StoreUnavailableError,
-)
+from cloudckpt.errors import ManifestError, ObjectNotFoundError
 from cloudckpt.layout import MANIFEST, step_name, step_of
-from cloudckpt.manifest import parse
-from cloudckpt.store.protocols import Blob, IfMatch, Store
+from cloudckpt.manifest import Manifest, parse, parse_summary
+from cloudckpt.store.protocols import IfMatch, Store
 from cloudckpt.store.url import StoreOptions, check_url
 from cloudckpt.threads import in_thread
 
 _CONCURRENCY = 16
 """Summaries that are read at a time."""
 
-_TIMES = 3
-"""A manifest is asked to go, where no answer comes."""
+_REMOVED = "it was removed meanwhile"
+_REPLACED = "another save replaced it meanwhile"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +52,7 @@ class Pruned:
         removed: steps, newest first.
         kept: numbers of the committed steps that are still there, newest first.
         passed_over: why steps were neither judged nor touched, by their numbers: their manifest cannot be read, or
-            another save replaced it meanwhile.
+            was replaced or removed meanwhile.
     """
 
     root: str
@@ -68,8 +65,17 @@ class Pruned:
 def prune(root: str, policy: Policy, *, dry_run: bool = True, store: StoreOptions | None = None) -> Pruned:
     """Removes the committed steps below ``root`` that a policy does not keep, and never the newest.
 
-    What is not committed is left to `sweep`, and so is what an interruption leaves: a step is gone as soon as its
-    manifest is.
+    A step is gone as soon as a tombstone stands in its manifest's place. What is not committed is left to `sweep`,
+    and so is what an interruption leaves, at any age. Safe beside saves, loads, sweeps and other prunes: a save of a
+    step that is being removed commits all the same, and one that committed meanwhile stays.
+
+    One listing and two requests for each step show what is there. If anything goes, six requests tell, once, what
+    conditions the store honours. Then each step that goes takes four: its manifest is read and replaced, its shards
+    are deleted (one request for each 1,000), and the tombstone is.
+
+    On a store that does not honour ``If-Match`` no tombstone is put: the manifest is deleted first and then the
+    shards. A save of that very step at that very moment may lose its manifest to it, and a sweep keeps what an
+    interruption leaves, as it looks like a whole attempt.
 
     Args:
         root: of the run: its steps are ``step-N`` below it.
@@ -89,20 +95,21 @@ async def prune_in(store: Store, policy: Policy, *, is_dry_run: bool) -> Pruned:
     passed_over: dict[int, str] = {}
     steps = await _committed(store, passed_over)
     keeps = {found.step for found in (*steps[:1], *(policy.keep(steps) if steps else ()))}
-    removed = []
-    for found in steps:
-        if found.step in keeps:
-            continue
-        if not is_dry_run:
-            refusal = await _remove(store, found)
+    goes = [found for found in steps if found.step not in keeps]
+    if goes and not is_dry_run:
+        server = await ask_server(store)
+        for found in goes:
+            refusal = await _remove(store, server, found)
             if refusal is not None:
                 passed_over[found.step] = refusal
-                continue
-        removed.append(PrunedStep(step=found.step, save_id=found.summary.save_id, nbytes=found.summary.stored_nbytes))
     return Pruned(
         root=store.url,
         is_dry_run=is_dry_run,
-        removed=tuple(removed),
+        removed=tuple(
+            PrunedStep(step=found.step, save_id=found.summary.save_id, nbytes=found.summary.stored_nbytes)
+            for found in goes
+            if found.step not in passed_over
+        ),
         kept=tuple(found.step for found in steps if found.step in keeps),
         passed_over=passed_over,
     )
@@ -134,45 +141,47 @@ async def _committed(store: Store, passed_over: dict[int, str]) -> Sequence[Comm
     return sorted(found, key=lambda one: -one.step)
 
 
-async def _remove(store: Store, found: CommittedStep) -> str | None:
+async def _remove(store: Store, server: Server, found: CommittedStep) -> str | None:
     """Removes a step, or says why not."""
     key = _manifest_key(found.step)
     try:
         blob = await store.get(key)
         manifest = await in_thread(parse, blob.data, f"{store.url}/{key}")
     except ObjectNotFoundError:
-        return "it was removed meanwhile"
+        return _REMOVED
     except ManifestError as e:
         return f"its manifest cannot be read: {e}"
-    if manifest.summary.save_id != found.summary.save_id or not await _is_gone(store, key, blob):
-        return "another save replaced it meanwhile"
-    await store.delete([f"{step_name(found.step)}/{shard.key}" for shard in manifest.shards])
+    if manifest.summary.save_id != found.summary.save_id:
+        return _REMOVED if manifest.summary.is_tombstone else _REPLACED
+    shards = [f"{step_name(found.step)}/{shard.key}" for shard in manifest.shards]
+    if not server.honours_replacements:
+        if not await take_away(store, key, blob.etag, honours_deletes=server.honours_deletes):
+            return _REPLACED
+        await store.delete(shards)
+        return None
+    tombstone = await _replace(store, server, key, blob.etag, manifest)
+    if tombstone is None:
+        return await _what_came(store, key)
+    await store.delete(shards)
+    await take_away(store, key, tombstone, honours_deletes=server.honours_deletes)
     return None
 
 
-async def _is_gone(store: Store, key: str, blob: Blob) -> bool:
-    """Deletes the manifest that was read, and says whether there is none now."""
-    for remaining in reversed(range(_TIMES)):
-        try:
-            await store.delete_if(key, IfMatch(blob.etag))
-        except NotImplementedByStoreError:
-            await store.delete([key])
-        except (PreconditionFailedError, ObjectNotFoundError):
-            return not await _is_there(store, key)
-        except StoreUnavailableError:  # it may be gone nevertheless: asking again tells
-            if not remaining:
-                raise
-            continue
-        return True
-    raise AssertionError(key)
+async def _replace(store: Store, server: Server, key: str, etag: str, manifest: Manifest) -> str | None:
+    """Puts a tombstone in the manifest's place, and returns its ETag; None where another object is there."""
+    named = [shard.key for shard in manifest.shards]
+    return await condemn(store, key, named, IfMatch(etag), now=server.now, by="prune")
 
 
-async def _is_there(store: Store, key: str) -> bool:
+async def _what_came(store: Store, key: str) -> str:
+    """What happened to a manifest that is not there any more."""
+    blob = await find_blob(store, key)
+    if blob is None:
+        return _REMOVED
     try:
-        await store.head(key)
-    except ObjectNotFoundError:
-        return False
-    return True
+        return _REMOVED if parse_summary(blob.data, f"{store.url}/{key}").is_tombstone else _REPLACED
+    except ManifestError:
+        return _REPLACED
 
 
 def _manifest_key(step: int) -> str:

@@ -13,6 +13,7 @@ from cloudckpt.catalog.assembly import ambiguities, assemble, first_frames
 from cloudckpt.catalog.headers import DescribedShard, describe_all
 from cloudckpt.catalog.streaming import Stream, read_streams
 from cloudckpt.engine import commit
+from cloudckpt.engine.commit import Uploaded
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.session import Session
 from cloudckpt.engine.write import WriteOptions
@@ -45,6 +46,7 @@ from cloudckpt.ranges import Range, split
 from cloudckpt.store.protocols import ObjectInfo, Store
 from cloudckpt.store.url import StoreOptions, check_url
 from cloudckpt.threads import in_thread
+from cloudckpt.tombstone import swept_keys
 
 LOST = (
     "the user's metadata",
@@ -107,7 +109,8 @@ def rebuild(
     """Makes and commits a manifest for plain shards that lost theirs.
 
     Every tensor is proven to be there, each element once. Every byte is read, for the checksums. The save that wrote
-    the shards must have ended: if it is alive and commits, one of the two loses.
+    the shards must have ended: if it is alive and commits, one of the two loses. What a sweep condemned is never
+    taken; what came after it is.
 
     Args:
         url: of the checkpoint.
@@ -119,6 +122,7 @@ def rebuild(
     Raises:
         CheckpointExistsError: a committed checkpoint is there.
         CheckpointNotFoundError: no shards are there.
+        IntegrityError: a shard went, or was replaced, while the others were read.
         NotCommittedError: a sweep has begun to remove them; or they are not whole.
         UsageError: there are several of an item, or shards with extensions, so that ``shards`` must say which to
             take; or it names one that is not there.
@@ -132,8 +136,8 @@ def rebuild(
 
 async def rebuild_in(store: Store, *, shards: Sequence[str] | None, is_dry_run: bool) -> Rebuilt:
     """See `rebuild`; the store is rooted at the checkpoint's URL."""
-    await _refuse_present(store)
-    described = await _describe(store, _chosen(store.url, await _list_shards(store), shards))
+    chosen = _chosen(store.url, await _list_shards(store, await _condemned(store)), shards)
+    described = await _describe(store, chosen)
     described.sort(key=lambda shard: (shard.rank, shard.modified, shard.key))
     problems = ambiguities(described)
     if problems:
@@ -145,6 +149,7 @@ async def rebuild_in(store: Store, *, shards: Sequence[str] | None, is_dry_run: 
     if not is_dry_run:
         read = await _read(store, described, frame_size)
         made = _manifest(read, entries, paths)
+        await commit.check(store, [Uploaded(info.key, info.size, info.etag) for info in chosen])
         await commit.commit(
             store,
             encode(made),
@@ -163,35 +168,43 @@ async def rebuild_in(store: Store, *, shards: Sequence[str] | None, is_dry_run: 
     )
 
 
-async def _refuse_present(store: Store) -> None:
+async def _condemned(store: Store) -> frozenset[str] | None:
+    """The shards that a tombstone names; None where no manifest is at all. A checkpoint's is refused."""
+    where = f"{store.url}/{MANIFEST}"
     try:
         blob = await store.get(MANIFEST)
     except ObjectNotFoundError:
-        return
+        return None
     try:
-        summary = parse_summary(blob.data, f"{store.url}/{MANIFEST}")
+        if parse_summary(blob.data, where).is_tombstone:
+            return swept_keys(blob.data, where)
     except ManifestError as e:
         e.add_note("it is damaged and not lost; delete it before you rebuild it, if it cannot be had from elsewhere")
         raise
-    if summary.is_tombstone:
-        msg = f"{store.url} was swept: a tombstone is there, and what is left of its shards is not to be used"
-        raise NotCommittedError(msg)
     msg = f"{store.url} holds a committed checkpoint; there is nothing to rebuild; verify tells whether it is sound"
     raise CheckpointExistsError(msg)
 
 
-async def _list_shards(store: Store) -> dict[str, ObjectInfo]:
+async def _list_shards(store: Store, condemned: frozenset[str] | None) -> dict[str, ObjectInfo]:
     found = {info.key: info async for info in store.list_objects(SHARDS) if is_own_shard_key(info.key)}
-    if not found:
+    left = {key: info for key, info in found.items() if key not in (condemned or ())}
+    if not left and condemned is not None:
+        msg = f"{store.url} was swept: a tombstone is there, and what is left of its shards is not to be used"
+        raise NotCommittedError(msg)
+    if not left:
         msg = f"there is no checkpoint at {store.url}, and no shards of one; check the URL"
         raise CheckpointNotFoundError(msg)
-    return found
+    return left
 
 
 def _chosen(url: str, found: dict[str, ObjectInfo], shards: Sequence[str] | None) -> list[ObjectInfo]:
     missing = sorted(set(shards or ()) - set(found))
     if missing or (shards is not None and not shards):
-        msg = f"{url} has no shard {missing[0]!r}" if missing else "shards= names none; leave it out to take all"
+        msg = (
+            f"{url} has no shard {missing[0]!r} to take"
+            if missing
+            else "shards= names none; leave it out to take all"
+        )
         raise UsageError(msg)
     chosen = [info for key, info in found.items() if shards is None or key in shards]
     opaque = [info.key for info in chosen if info.key.endswith(f".{FRAMES}")]

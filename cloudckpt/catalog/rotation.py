@@ -40,7 +40,7 @@ def rewrap(
         UsageError: the checkpoint is not encrypted.
         EncryptionKeyError: a key is missing or wrong; nothing was changed.
         IntegrityError: the manifest is not authentic; nothing was changed.
-        CommitConflictError: it was replaced meanwhile; ours was not committed.
+        CommitConflictError: it was replaced or pruned meanwhile; ours was not committed.
     """
     url, provider = check_url(url), provider_of(keys)
 
@@ -62,8 +62,14 @@ def rewrap(
 
     async def put() -> None:
         async with open_store(url, store) as opened:
-            save_id, replaces = made.summary.save_id, Replaced(old.etag, ())
-            await commit.commit(opened, data, save_id, replaces=replaces, deadline_s=commit_deadline_s)
+            await commit.commit(
+                opened,
+                data,
+                made.summary.save_id,
+                replaces=Replaced(old.etag, ()),  # its shards stay
+                shard_keys=[shard.key for shard in shards],
+                deadline_s=commit_deadline_s,
+            )
 
     loop.run(put)
 

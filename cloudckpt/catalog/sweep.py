@@ -7,28 +7,22 @@ could still name: a tombstone comes first, and names every shard that is deleted
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib.metadata import version
 from typing import TypedDict
 
 from cloudckpt.catalog.asking import Server, ask_server
 from cloudckpt.catalog.assembly import could_be_whole
+from cloudckpt.catalog.condemning import condemn, take_away
 from cloudckpt.catalog.found import Found, look
 from cloudckpt.catalog.headers import DescribedShard, describe_all
 from cloudckpt.catalog.summaries import read_summary
 from cloudckpt.engine.session import Session
-from cloudckpt.errors import (
-    ManifestError,
-    ObjectNotFoundError,
-    PreconditionFailedError,
-    StoreUnavailableError,
-    UsageError,
-)
+from cloudckpt.errors import ManifestError, ObjectNotFoundError, UnsupportedVersionError, UsageError
 from cloudckpt.layout import SAFETENSORS, SHARDS
 from cloudckpt.manifest import Summary, parse, parse_summary
 from cloudckpt.store.protocols import Blob, Condition, IfAbsent, IfMatch, Store
 from cloudckpt.store.url import StoreOptions, check_url
 from cloudckpt.threads import in_thread
-from cloudckpt.tombstone import encode_tombstone, swept_keys
+from cloudckpt.tombstone import swept_keys
 
 _CHANGED = "it changed while it was looked at: sweep again"
 
@@ -109,12 +103,14 @@ def sweep(
     writes nothing, goes by this machine's). A save that takes longer than that from its last upload to its commit, or
     for one upload (S3 tells when a multipart upload began, and not when it ended), loses what it wrote, and fails.
 
+    All keys below the root are listed and held: a million take 350 MiB. ``names`` makes it less.
+
     Args:
         root: of a run, or of one checkpoint.
         grace_s: seconds.
         dry_run: only tell what would be removed.
-        include_whole: remove also attempts whose plain shards are all there. Perhaps only their manifest is lost, and
-            `rebuild` would rescue them.
+        include_whole: remove also attempts whose plain shards are all there, or are of a newer format. Perhaps only
+            their manifest is lost, and `rebuild` would rescue them.
         names: of places below the root, such as ``step-30``, to sweep and no others. On a store that does not honour
             conditional writes nothing else is swept, and no save to these places may be under way.
         store: how to reach the store.
@@ -122,9 +118,10 @@ def sweep(
     Raises:
         StoreError: the store refused; what was removed by then is gone, all else is there.
     """
-    if grace_s < 0:
+    if not grace_s >= 0:
         msg = f"grace_s={grace_s} must not be negative"
         raise UsageError(msg)
+    _refuse_elsewhere(names)
     with Session(check_url(root), store or StoreOptions()) as session:
 
         async def run(opened: Store) -> Swept:
@@ -179,15 +176,7 @@ class Sweeping:
 
     async def _sweep_uncommitted(self, found: Found) -> None:
         """No manifest: all of it is left over, unless it is young or may be whole."""
-        if not await self._is_old(found) or not await self._is_allowed(found):
-            return
-        if not self._include_whole and could_be_whole(await self._described(found)):
-            why = "its plain shards are all there: perhaps only its manifest is lost, and rebuild would rescue it"
-            self._keep(found, why, is_rescuable=True)
-        elif await self._condemn(found, found.keys, IfAbsent()):
-            await self._remove(found, "never committed")
-        else:
-            self._keep(found, _CHANGED)
+        await self._condemn_and_remove(found, found.keys, IfAbsent())
 
     async def _sweep_swept(self, found: Found) -> None:
         """A tombstone: what it names goes; beside it may lie what came later; at last it goes itself."""
@@ -200,14 +189,21 @@ class Sweeping:
             return
         swept = swept_keys(blob.data, self._where(found))
         named, later = found.only(swept), found.only(found.keys - swept)
-        if named.keys and await self._is_allowed(named):
-            await self._remove(named, "swept before, but not to its end")
-        if not later.keys or not await self._is_old(later) or not await self._is_allowed(later):
+        if named.keys and await self._is_allowed(named, IfAbsent()):
+            await self._remove(named, "condemned before, and not removed to the end")
+        if later.keys:
+            await self._condemn_and_remove(later, swept | later.keys, IfMatch(blob.etag))
+
+    async def _condemn_and_remove(self, found: Found, keys: Collection[str], condition: Condition) -> None:
+        if not await self._is_old(found) or not await self._is_allowed(found, condition):
             return
-        if await self._condemn(later, swept | later.keys, IfMatch(blob.etag)):
-            await self._remove(later, "never committed")
+        hope = None if self._include_whole else await self._hope(found)
+        if hope is not None:
+            self._keep(found, hope, is_rescuable=True)
+        elif await self._condemn(found, keys, condition):
+            await self._remove(found, "never committed")
         else:
-            self._keep(later, _CHANGED)
+            self._keep(found, _CHANGED)
 
     async def _sweep_committed(self, found: Found) -> None:
         """A checkpoint: what its manifest does not name is of an attempt that lost, or that was overwritten."""
@@ -223,17 +219,17 @@ class Sweeping:
             [shard for shard in found.shards if found.own_key(shard) not in named],
             found.uploads,  # one to a key that the manifest names was begun twice: its object stays
         )
-        if left.keys and await self._is_old(left) and await self._is_allowed(left):
+        if left.keys and await self._is_old(left) and await self._is_allowed(left, IfAbsent()):
             await self._remove(left, "not named by the checkpoint that is there", spared=named)
 
     async def _remove_tombstone(self, found: Found, blob: Blob) -> None:
         server, there = await self._server(), found.manifest
-        if there is None or server.now - there.modified < self._grace or not server.honours_deletes:
+        is_listed = there is not None and there.etag == blob.etag  # not a younger one that took its place since
+        if there is None or not is_listed or server.now - there.modified < self._grace or not server.honours_deletes:
             return
         if not self._is_dry_run:
-            try:
-                await self._store.delete_if(found.manifest_key, IfMatch(blob.etag))
-            except PreconditionFailedError:
+            is_gone = await take_away(self._store, found.manifest_key, blob.etag, honours_deletes=True)
+            if not is_gone:
                 return  # a save replaced it
         self._removed.append(
             Leftovers(
@@ -249,17 +245,9 @@ class Sweeping:
         """Puts a tombstone that names the shards, and says whether it is there."""
         if self._is_dry_run:
             return True
-        data = encode_tombstone(
-            keys, created=(await self._server()).now, writer=f"cloudckpt {version('cloudckpt')}, sweep"
-        )
-        try:
-            await self._store.put(found.manifest_key, [memoryview(data)], condition=condition)
-        except PreconditionFailedError:
-            return False
-        except StoreUnavailableError:  # it may be there nevertheless
-            if (await self._store.get(found.manifest_key)).data != data:
-                raise
-        return True
+        server = await self._server()
+        asked = condition if server.honours(condition) else None  # see `_is_allowed`
+        return await condemn(self._store, found.manifest_key, keys, asked, now=server.now, by="sweep") is not None
 
     async def _remove(self, found: Found, why: str, *, spared: Collection[str] = ()) -> None:
         if not self._is_dry_run:
@@ -283,16 +271,23 @@ class Sweeping:
         self._keep(found, f"its newest sign of life is of {newest.isoformat()}, younger than the grace")
         return False
 
-    async def _is_allowed(self, found: Found) -> bool:
-        if self._names or (await self._server()).honours_puts:
+    async def _is_allowed(self, found: Found, condition: Condition) -> bool:
+        """Whether a commit that comes in between would be seen, or is not to be expected."""
+        if self._names or (await self._server()).honours(condition):
             return True
         self._keep(found, "this store does not honour conditional writes: give the name of what is to be swept")
         return False
 
-    async def _described(self, found: Found) -> list[DescribedShard]:
+    async def _hope(self, found: Found) -> str | None:
+        """Why a checkpoint may yet be made of it."""
         plain = [shard for shard in found.shards if shard.key.endswith(f".{SAFETENSORS}")]
         described = await describe_all(self._store, plain, self._store.url)
-        return [shard for shard in described if isinstance(shard, DescribedShard)]
+        for one in described:
+            if isinstance(one, UnsupportedVersionError):
+                return f"another release of cloudckpt wrote it, which may rebuild it: {one}"
+        if could_be_whole([one for one in described if isinstance(one, DescribedShard)]):
+            return "its plain shards are all there: perhaps only its manifest is lost, and rebuild would rescue it"
+        return None
 
     async def _summary(self, found: Found) -> Summary:
         size = found.manifest.size if found.manifest is not None else 0
@@ -301,13 +296,22 @@ class Sweeping:
     async def _server(self) -> Server:
         if self._asked is None:
             if self._is_dry_run:
-                self._asked = Server(now=datetime.now(UTC), honours_puts=True, honours_deletes=True)
+                self._asked = Server(
+                    now=datetime.now(UTC), honours_puts=True, honours_replacements=True, honours_deletes=True
+                )
             else:
                 self._asked = await ask_server(self._store)
         return self._asked
 
     def _where(self, found: Found) -> str:
         return f"{self._store.url}/{found.manifest_key}"
+
+
+def _refuse_elsewhere(names: Sequence[str]) -> None:
+    for name in names:
+        if name.strip("/") and not {"", ".", ".."}.isdisjoint(name.strip("/").split("/")):
+            msg = f"names= has {name!r}, which is no place below the root; give one such as 'step-30', or '' for it"
+            raise UsageError(msg)
 
 
 def _differs(found: Found, summary: Summary) -> bool:

@@ -7,16 +7,15 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.catalog.headers import read_header
 from cloudckpt.catalog.placing import Placed, Placing, frames_of, header_problems, placing_of
 from cloudckpt.catalog.streaming import Stream, read_streams
-from cloudckpt.convert.find import find
+from cloudckpt.convert.find import find, read_safetensors_header
 from cloudckpt.engine.commit import find_manifest_blob, read_manifest_blob
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.sealing import open_manifest
 from cloudckpt.engine.session import Session
 from cloudckpt.errors import (
-    CheckpointError,
+    CheckpointChangedError,
     CheckpointNotFoundError,
     ManifestError,
     ObjectNotFoundError,
@@ -79,7 +78,7 @@ def verify(
         ManifestError: its manifest is damaged.
         EncryptionKeyError, IntegrityError: see `engine.sealing.open_manifest`.
         UsageError: it is a checkpoint of others, which carries no checksums of ours.
-        CheckpointError: it was replaced by another save meanwhile; verify again.
+        CheckpointChangedError: it was replaced by another save meanwhile; verify again.
         StoreError: the store refused.
     """
     url, options, store = check_url(url), options or ReadOptions(), store or StoreOptions()
@@ -123,7 +122,7 @@ async def _refuse_replaced(store: Store, save_id: str) -> None:
         raise CheckpointNotFoundError(msg)
     if parse_summary(blob.data, f"{store.url}/{MANIFEST}").save_id != save_id:
         msg = f"{store.url} was replaced by another save while it was verified; verify it again"
-        raise CheckpointError(msg)
+        raise CheckpointChangedError(msg)
 
 
 def _size_problems(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -159,7 +158,7 @@ async def _deep_problems(
 async def _header_problems(store: GetRange, read: "_ShardRead", where: str) -> list[str]:
     key, size = read.shard.key, read.size
     try:
-        header = await read_header(store, key, size, f"{where}/{key}")
+        header = await read_safetensors_header(store, key, size, f"{where}/{key}")
     except ManifestError as e:
         return [f"{key}: {e}"]
     except StoreError as e:

@@ -25,8 +25,9 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
 )
 from cloudckpt.ranges import Range
-from cloudckpt.store.protocols import Get, ObjectInfo, Store
+from cloudckpt.store.protocols import Get, GetRange, ObjectInfo, Store
 from cloudckpt.store.url import StoreOptions
+from cloudckpt.threads import in_thread
 
 _HEAD_NBYTES = 32 << 10
 """Of a safetensors file: most headers fit in."""
@@ -154,36 +155,47 @@ async def _get(store: Get, key: str) -> bytes:
 def _safetensors(
     session: Session, sizes: Mapping[str, int | None], weights: Mapping[str, str] | None, where: str
 ) -> ForeignContents:
-    async def get_all(store: Store) -> dict[str, tuple[bytes, int]]:
-        slots, found = asyncio.Semaphore(_CONCURRENCY), {}
+    async def read_all(store: Store) -> dict[str, Header]:
+        slots = asyncio.Semaphore(_CONCURRENCY)
 
-        async def get_one(name: str) -> None:
+        async def read_one(name: str, size: int | None) -> Header:
             async with slots:
-                found[name] = await _safetensors_header(store, name, sizes[name], where)
+                size = await _size_of(store, name, where) if size is None else size
+                return await read_safetensors_header(store, name, size, f"{where} ({name})")
 
         async with asyncio.TaskGroup() as group:
-            for name in sizes:
-                group.create_task(get_one(name))
-        return found
+            tasks = {name: group.create_task(read_one(name, size)) for name, size in sizes.items()}
+        return {name: task.result() for name, task in tasks.items()}
 
-    found = session.run(get_all)
-    headers: dict[str, Header] = {
-        name: safetensors.parse_header(data, size, f"{where} ({name})") for name, (data, size) in found.items()
-    }
-    return safetensors.contents_of(headers, weights, where)
+    return safetensors.contents_of(session.run(read_all), weights, where)
 
 
-async def _safetensors_header(store: Store, name: str, size: int | None, where: str) -> tuple[bytes, int]:
+async def _size_of(store: Get, name: str, where: str) -> int:
     try:
-        size = (await store.head(name)).size if size is None else size
+        return (await store.head(name)).size
     except ObjectNotFoundError as e:
         e.add_note(f"the index of {where} names it")
         raise
-    head = await _get_range(store, name, Range(0, min(size, _HEAD_NBYTES)))
-    at = safetensors.header_range(head, size, f"{where} ({name})")
+
+
+async def read_safetensors_header(store: GetRange, key: str, size: int, where: str) -> Header:
+    """Reads the header of a file of safetensors: in one request, unless it is large.
+
+    Args:
+        store: it lies in.
+        key: of the object.
+        size: of the object.
+        where: it lies, for errors.
+
+    Raises:
+        ManifestError: it is none, or contradicts itself.
+        StoreError: it could not be read.
+    """
+    head = await _get_range(store, key, Range(0, min(size, _HEAD_NBYTES)))
+    at = safetensors.header_range(head, size, where)
     if at.stop > len(head):
-        head += await _get_range(store, name, Range(len(head), at.stop))
-    return head[at.start : at.stop], size
+        head += await _get_range(store, key, Range(len(head), at.stop))
+    return await in_thread(safetensors.parse_header, memoryview(head)[at.start : at.stop], size, where)
 
 
 def _torch_file(session: Session, info: ObjectInfo, where: str) -> ForeignContents:
@@ -215,7 +227,7 @@ def _fetch(session: Session, key: str, at: Range) -> bytes:
     return session.run(lambda store: _get_range(store, key, at))
 
 
-async def _get_range(store: Get, key: str, at: Range) -> bytes:
+async def _get_range(store: GetRange, key: str, at: Range) -> bytes:
     data = bytearray(len(at))
     if data:
         await store.get_range(key, at, [memoryview(data)])

@@ -9,10 +9,12 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Protocol
 
 from awscrt.checksums import crc32c
 
+from cloudckpt.engine.loop import shielded
 from cloudckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -26,7 +28,7 @@ from cloudckpt.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from cloudckpt.layout import MANIFEST, SHARDS
+from cloudckpt.layout import FRAMES, MANIFEST, SHARDS, shard_key
 from cloudckpt.manifest import parse, parse_summary
 from cloudckpt.store.protocols import Blob, Condition, Delete, Get, IfAbsent, IfMatch, List, Put
 from cloudckpt.tombstone import swept_keys
@@ -196,6 +198,8 @@ async def commit(
             there = await _read_back(store, end, e)
             found = None if there is None else parse_summary(there.data, store.url)
             if there is None or found is None:
+                if is_in_doubt or replaces is not None:  # it may have landed, and have been removed since
+                    await _refuse_gone(store, shard_keys, e)
                 condition = IfAbsent()  # what was to be replaced is gone
             elif found.save_id == save_id:
                 if there.data == data:
@@ -221,7 +225,7 @@ async def commit(
                 e.add_note(f"not committed: the store refused the manifest for {deadline_s:g} s")
                 raise
             await asyncio.sleep(random.uniform(0, _WAIT_S))  # noqa: S311 - no secret
-    await _after_commit(store, data, replaces)
+    await _after_commit(store, replaces)
 
 
 def _refuse_swept(tombstone: bytes, shard_keys: Sequence[str], url: str, refusal: StoreError) -> None:
@@ -232,6 +236,16 @@ def _refuse_swept(tombstone: bytes, shard_keys: Sequence[str], url: str, refusal
             "was heard of it for longer than the sweep's grace. Save again"
         )
         raise CommitConflictError(msg) from refusal
+
+
+async def _refuse_gone(store: Commits, shard_keys: Sequence[str], doubt: StoreError) -> None:
+    gone = set(shard_keys) - {found.key async for found in store.list_objects(SHARDS)}
+    if gone:
+        msg = (
+            f"{len(gone)} shards of this save to {store.url} are gone, and so is its manifest: it was committed and "
+            "removed again (a prune?), or its shards were. Save again"
+        )
+        raise CommitConflictError(msg) from doubt
 
 
 async def _read_back(store: Commits, end: float, doubt: StoreError) -> Blob | None:
@@ -248,10 +262,10 @@ async def _read_back(store: Commits, end: float, doubt: StoreError) -> Blob | No
         raise CommitUnknownError(msg) from e
 
 
-async def _after_commit(store: Commits, data: bytes, replaces: Replaced | None) -> None:
+async def _after_commit(store: Commits, replaces: Replaced | None) -> None:
     """What may fail without harm: the checkpoint is there."""
     try:
-        await _probe(store, data)
+        await _probe(store)
     except StoreError as e:
         log.warning("%s is committed; whether conditional writes work could not be asked: %s", store.url, e)
     try:
@@ -261,15 +275,22 @@ async def _after_commit(store: Commits, data: bytes, replaces: Replaced | None) 
         log.warning("%s is committed; the shards it replaced could not be deleted: %s", store.url, e)
 
 
-async def _probe(store: Commits, data: bytes) -> None:
-    """Asks once per bucket and process whether the store honours conditions: only trying tells."""
+async def _probe(store: Commits) -> None:
+    """Asks once per bucket and process whether the store honours conditions: only trying tells.
+
+    On an object of no attempt, that is removed again: the manifest may be gone by now, and must not come back.
+    """
     if store.identity in _probed:
         return
+    key = shard_key(token_hex(16), FRAMES)
     try:
-        await store.put(MANIFEST, [memoryview(data)], condition=IfAbsent(), crc32c=crc32c(data))
+        await store.put(key, [memoryview(b"?")])
+        await store.put(key, [memoryview(b"?")], condition=IfAbsent())
     except PreconditionFailedError:
         _probed.add(store.identity)
         return
+    finally:
+        await shielded(lambda: store.delete([key]))
     _probed.add(store.identity)
     log.warning(
         "%s does not honour conditional writes: two saves that commit to one URL at the same time are not kept "
