@@ -5,7 +5,7 @@ Law: sync; no torch. What an index means is worked out before anything is asked 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from math import prod
 from types import EllipsisType
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ import numpy as np
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.engine.access import Access
 from cloudckpt.engine.contents import Ask, Located
+from cloudckpt.engine.memory import buffer_for, made_for
 from cloudckpt.engine.read import Wanted
 from cloudckpt.engine.sinks import Sink
 from cloudckpt.errors import DtypeMismatchError, ManifestError, ShapeMismatchError
@@ -112,13 +113,22 @@ class Array:
 
         Raises:
             ShapeMismatchError: too many indices, or one out of range.
+            TooLargeError: what is read does not fit into memory; nothing was fetched.
             IntegrityError, StoreError: the bytes could not be had.
         """
-        dtype = self.dtype
         axes = _parse_index(index, self, self._access.options.max_gap)
-        out = np.empty([axis.count for axis in axes], dtype)
+        out = self._memory(axis.count for axis in axes)
         self._read((region, ArrayTarget(out[_slices(place)])) for region, place in _regions(axes))
         return out[tuple(axis.take for axis in axes)]
+
+    def empty(self) -> "np.ndarray[Any, Any]":
+        """Memory for all of it; nothing is read.
+
+        Raises:
+            TooLargeError: it does not fit.
+            DtypeMismatchError: see `dtype`.
+        """
+        return self._memory(self.shape)
 
     def read_bytes(self, at: Range, into: memoryview) -> None:
         """Reads some of its bytes, row-major as they would lie in memory.
@@ -130,7 +140,7 @@ class Array:
         itemsize = DTYPES[self._entry.dtype].itemsize
         elements = Range(at.start // itemsize, -(-at.stop // itemsize))
         is_exact = elements.start * itemsize == at.start and elements.stop * itemsize == at.stop
-        memory = into if is_exact else memoryview(bytearray(len(elements) * itemsize))
+        memory = into if is_exact else buffer_for(repr(self.key), len(elements) * itemsize)
         flat = np.frombuffer(memory, np.dtype((np.void, itemsize)))
         wanted, position = [], 0
         for region in rectangles(elements, self.shape):
@@ -150,6 +160,11 @@ class Array:
         """Reads of all of it into ``target``."""
         whole = Region((0,) * self.ndim, self.shape)
         return [self._wanted(ask, place, target, located) for ask, place in self._parts(whole)]
+
+    def _memory(self, shape: Iterable[int]) -> "np.ndarray[Any, Any]":
+        dtype, sizes = self.dtype, tuple(shape)
+        with made_for(repr(self.key), prod(sizes) * dtype.itemsize):
+            return np.empty(sizes, dtype)
 
     def _read(self, into: Iterable[tuple[Region, Target]]) -> None:
         found = [(ask, place, target) for region, target in into for ask, place in self._parts(region)]
@@ -223,27 +238,28 @@ class _ArraySink:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """What an index takes of one axis.
+    """What an index takes of one axis, in runs of indices that are read.
 
     Attributes:
-        runs: of indices that are read, ascending.
+        starts: of the runs, ascending; not one by one, for a hostile axis has more than can be counted.
+        width: of each.
         take: the index into what was read that gives what was asked for.
     """
 
-    runs: tuple[Range, ...]
+    starts: range
+    width: int
     take: int | slice
 
     @property
     def count(self) -> int:
         """How many indices are read."""
-        return sum(map(len, self.runs))
+        s = self.starts  # of which len() knows too small numbers only
+        return max(0, -((s.start - s.stop) // s.step)) * self.width
 
     def placed(self) -> Iterator[tuple[Range, Range]]:
         """Each run, and where it stands among what is read."""
-        position = 0
-        for run in self.runs:
-            yield run, Range(position, position + len(run))
-            position += len(run)
+        for position, start in zip(count(0, self.width), self.starts, strict=False):
+            yield Range(start, start + self.width), Range(position, position + self.width)
 
 
 def _regions(axes: Sequence[_Axis]) -> Iterator[tuple[Region, Region]]:
@@ -280,19 +296,20 @@ def _parse_axis(part: Index, n: int, stride: int, array: Array, max_gap: int) ->
         except (IndexError, TypeError) as e:
             msg = f"{array.key!r} of shape {array.shape}: {part!r} is not an index into an axis of {n}"
             raise ShapeMismatchError(msg) from e
-        return _Axis((Range(i, i + 1),), 0)
+        return _Axis(range(i, i + 1), 1, 0)
     try:
         wanted = range(*part.indices(n))
     except (TypeError, ValueError) as e:  # a step of 0, a bound that is no integer
         msg = f"{array.key!r} of shape {array.shape}: {part!r} is not a slice of an axis of {n}: {e}"
         raise ShapeMismatchError(msg) from e
     if not wanted:
-        return _Axis((), slice(None))
+        return _Axis(range(0), 1, slice(None))
     direction = 1 if wanted.step > 0 else -1
     ascending = wanted[::direction]
     if not is_bridged((ascending.step - 1) * stride, stride, max_gap):
-        return _Axis(tuple(Range(i, i + 1) for i in ascending), slice(None, None, direction))
-    return _Axis((Range(ascending[0], ascending[-1] + 1),), slice(None, None, wanted.step))
+        return _Axis(ascending, 1, slice(None, None, direction))
+    first, last = ascending[0], ascending[-1]
+    return _Axis(range(first, first + 1), last + 1 - first, slice(None, None, wanted.step))
 
 
 def _slices(region: Region) -> tuple[slice | EllipsisType, ...]:

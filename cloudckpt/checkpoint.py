@@ -10,7 +10,7 @@ from typing import Any, Self, assert_never
 
 import numpy as np
 
-from cloudckpt.array import Array, ArrayTarget, Target, numpy_dtype
+from cloudckpt.array import Array, ArrayTarget, Target
 from cloudckpt.convert.find import find
 from cloudckpt.engine.access import Access
 from cloudckpt.engine.contents import Ask
@@ -139,6 +139,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         Raises:
             MissingKeyError: there is none; names those that look like it.
             EncryptionKeyError: it is a value that is encrypted, and the checkpoint was opened without keys.
+            TooLargeError: it is a byte string that does not fit into memory; `open_file` reads it piece by piece.
         """
         match self._entry(key):
             case TensorEntry() as entry:
@@ -205,6 +206,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
             MissingKeyError: ``strict``, and the names differ; nothing was fetched.
             ShapeMismatchError, DtypeMismatchError: a destination does not fit; nothing was fetched.
             UsageError: a destination is neither an array nor a tensor; nothing was fetched.
+            TooLargeError: a new array does not fit into memory; nothing was fetched.
             IntegrityError, StoreError: the bytes could not be had.
         """
         selection = select(self._access.contents.entries, patterns=patterns, rename=rename, names=into)
@@ -218,8 +220,7 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
             raise UsageError(msg)
         found = into
         if found is None:
-            entries = {name: self._tensor_entry(key) for name, key in tensors.items()}
-            found = {n: np.empty(e.shape, numpy_dtype(e.dtype, tensors[n])) for n, e in entries.items()}
+            found = {name: Array(self._access, key, self._tensor_entry(key)).empty() for name, key in tensors.items()}
         self._fill(tensors, found)
         everything = {name: found[name] if name in tensors else self[key] for name, key in selection.keys.items()}
         return Loaded(everything, selection.missing, selection.unexpected)
@@ -241,7 +242,8 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
         selection = select(self._access.contents.entries, patterns=patterns, rename=rename)
         keys = {n: k for n, k in selection.keys.items() if isinstance(self._entry(k), TensorEntry)}
         empty = _torch_targets().empty
-        into = {n: empty(e.dtype, e.shape, dtype, device) for n, k in keys.items() if (e := self._tensor_entry(k))}
+        entries = {name: self._tensor_entry(key) for name, key in keys.items()}
+        into = {n: empty(keys[n], entry.dtype, entry.shape, dtype, device) for n, entry in entries.items()}
         self._fill(keys, into)
         return into
 

@@ -116,7 +116,7 @@ class SaveFailedError(CheckpointError):
     """A save failed for a reason that is not ours; the message names rank, host and reason."""
 
 
-class DeadlineError(CheckpointError):
+class DeadlineError(CheckpointError, TimeoutError):
     """A save took longer than its ``deadline_s``. It was broken off, and nothing was committed."""
 
 

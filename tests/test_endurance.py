@@ -50,7 +50,7 @@ def test_the_newest_checkpoint_is_always_there_and_nothing_piles_up(server, s3, 
             if newest is not None:
                 assert newest_step(root, store_options) == newest[0]
                 assert is_equal(load(step_url(root, newest[0]), newest[1], s3), *newest[1:])
-    for _ in range(2):  # the second takes the tombstones of the first
+    for _ in range(2):  # the second takes the tombstones of the first, where deletes know conditions
         sweep(root, grace_s=0, dry_run=False, include_whole=True, store=store_options)
     objects, uploads, named = everything(root, store_options)
     early, late = (held[min(i, SAVES) - 1] for i in (STEADY, SAVES))
@@ -83,7 +83,6 @@ def everything(root, options):
                 if key.endswith(MANIFEST):
                     prefix = key.removesuffix(MANIFEST)
                     made = parse((await store.get(key)).data, key)
-                    assert not made.summary.is_tombstone
                     named |= {key, *(prefix + shard.key for shard in made.shards)}
             return objects, uploads, named
 

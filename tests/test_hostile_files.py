@@ -5,19 +5,24 @@ import struct
 import tracemalloc
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
+from torch.distributed.checkpoint.api import CheckpointException
 
+import cloudckpt
 from cloudckpt.convert import pickles
 from cloudckpt.convert.items import ForeignContents
 from cloudckpt.convert.pickle_bombs import MAX_DEPTH, refuse_bombs
 from cloudckpt.convert.safetensors import header_range
-from cloudckpt.errors import ManifestError, UnsafePickleError
+from cloudckpt.dcp import ObjectStoreReader
+from cloudckpt.errors import ManifestError, ObjectNotFoundError, TooLargeError, UnsafePickleError
 from cloudckpt.manifest import Chunk, TensorEntry
-from fuzz import fuzz_safetensors, fuzz_zip
+from fuzz import fuzz_manifest, fuzz_safetensors, fuzz_zip
 from fuzz.mutations import HOSTILE, altered_bytes, altered_tree
-from fuzz.reading import read
+from fuzz.reading import put, read
 
 FEWER = settings(HOSTILE, max_examples=150)
 
@@ -204,3 +209,81 @@ def test_chunks_of_another_writer_that_do_not_make_up_their_tensor_are_refused(c
     contents = ForeignContents(format="dcp", items=[], entries={"a": TensorEntry("F32", (4, 6), made)})
     with pytest.raises(ManifestError, match=told):
         contents.entry("a")
+
+
+# What a checkpoint claims may be asked for whole.
+
+
+ABSURD = 1 << 60
+"""Bytes: more than can be addressed, so that no machine has them."""
+
+
+def absurd_shard(token):
+    return {
+        "key": f"shards/4a/{token * 32}.safetensors", "size": ABSURD + 312, "crc32c": 0, "frame_size": 1 << 62,
+        "frame_checksums": "AAAAAA==", "extensions": [], "frame_sizes": "", "extension_params": [],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def absurd():
+    """A checkpoint that is possible, and of which there is only the manifest."""
+    summary = {
+        "format": "cloudckpt", "version": 1, "save_id": "0" * 32, "created": "2026-11-25T00:00:00Z", "writer": "x",
+        "step": None, "nbytes": 2 * ABSURD, "stored_nbytes": 2 * ABSURD + 624, "shard_count": 2, "entry_count": 2,
+        "chunk_count": 1, "is_tombstone": False,
+    }  # fmt: skip
+    tensor = ["tensor", "I8", [ABSURD // 16, 16], [[[0, 0], [ABSURD // 16, 16], 0, 312, 312 + ABSURD, 0]]]
+    manifest = {
+        "summary": summary,
+        "metadata": {},
+        "planner_paths": {},
+        "shards": [absurd_shard("a"), absurd_shard("b")],
+        "entries": {"w": tensor, "b": ["bytes", ABSURD, 1, 312, 312 + ABSURD, 0]},
+    }
+    return put({"manifest.json": fuzz_manifest.resealed_tree(manifest)})
+
+
+WHOLE = {
+    "an array": (lambda ckpt: ckpt["w"][...], "'w'"),
+    "every other row": (lambda ckpt: ckpt["w"][::2], "'w'"),
+    "rows far apart": (lambda ckpt: ckpt["w"][:: 1 << 20], "'w'"),
+    "numpy's own way": (lambda ckpt: np.asarray(ckpt["w"]), "'w'"),
+    "a load": (lambda ckpt: ckpt.load("w"), "'w'"),
+    "torch": (lambda ckpt: ckpt.to_torch("w"), "'w'"),
+    "torch, of another dtype": (lambda ckpt: ckpt.to_torch("w", dtype=torch.float64), "'w'"),
+    "bytes": (lambda ckpt: ckpt["b"], "'b'"),
+    "a file": (lambda ckpt: ckpt.open_file("w").readall(), "'w'"),
+    "much of a file": (lambda ckpt: ckpt.open_file("b").read(ABSURD // 2), "'b'"),
+}
+
+
+@pytest.mark.parametrize(("ask", "named"), WHOLE.values(), ids=WHOLE)
+def test_what_no_memory_can_hold_is_refused_by_name_before_anything_is_fetched(absurd, ask, named):
+    with cloudckpt.open(absurd) as ckpt:
+        with pytest.raises(TooLargeError, match=r"takes \d{12,} bytes.*read it in slices") as caught:
+            ask(ckpt)
+        assert named in str(caught.value)
+        assert ckpt.stats.requests == 0
+
+
+def test_so_it_is_by_dcp(absurd):
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load({"b": None}, storage_reader=ObjectStoreReader(absurd), no_dist=True)
+    (failure,) = [error for error, _ in caught.value.failures.values()]
+    assert isinstance(failure, TooLargeError)
+    assert "'b'" in str(failure)
+
+
+def test_little_of_what_is_absurd_is_asked_for_like_any_other_slice(absurd):
+    with cloudckpt.open(absurd) as ckpt:
+        assert ckpt["w"][5:1].shape == (0, 16)
+        assert ckpt["w"].nbytes == ABSURD
+        for ask in (lambda: ckpt["w"][7], lambda: ckpt["w"][:: 1 << 54], lambda: ckpt.open_file("b").read(5)):
+            with pytest.raises(ObjectNotFoundError):
+                ask()
+
+
+def test_what_torch_itself_refuses_is_told_as_torch_does(absurd):
+    with cloudckpt.open(absurd) as ckpt, pytest.raises(RuntimeError, match="nowhere"):
+        ckpt.to_torch("w", device="nowhere")

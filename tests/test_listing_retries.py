@@ -19,6 +19,7 @@ from cloudckpt.errors import (
 from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.retry import RetryingStore, RetryOptions
 from cloudckpt.store.s3 import S3Store
+from cloudckpt.store.s3_listing import Listing
 from cloudckpt.store.s3_options import S3Options
 from cloudckpt.store.traffic import Traffic, TrafficOptions
 from cloudckpt.testing import FailingStore, RecordingStore
@@ -66,6 +67,10 @@ def found_upload(key, number, **other):
 
 def found_prefix(name):
     return f"<CommonPrefixes><Prefix>p/{name}/</Prefix></CommonPrefixes>"
+
+
+def twice(name, entry):
+    return entry.replace(f"<{name}>", f"<{name}>7</{name}><{name}>")
 
 
 NEXT = truncated(("NextContinuationToken", "t"))
@@ -153,13 +158,34 @@ BROKEN = {
     "an object without an ETag": ("list_objects", "ListBucketResult", found_object("a", ETag=None), ""),
     "an object of no size": ("list_objects", "ListBucketResult", found_object("a", Size="many"), ""),
     "an object of no time": ("list_objects", "ListBucketResult", found_object("a", LastModified="once"), ""),
+    "an object of less than no bytes": ("list_objects", "ListBucketResult", found_object("a", Size=-1), ""),
+    "an object of two names": ("list_objects", "ListBucketResult", twice("Key", found_object("a")), ""),
+    "an object of two ETags": ("list_objects", "ListBucketResult", twice("ETag", found_object("a")), ""),
+    "an object of two sizes": ("list_objects", "ListBucketResult", twice("Size", found_object("a")), ""),
+    "an id of two": ("list_uploads", "ListMultipartUploadsResult", twice("UploadId", found_upload("a", 1)), ""),
+    "two tokens": ("list_objects", "ListBucketResult", "", truncated(*[("NextContinuationToken", "t")] * 2)),
+    "an object of an absurd time": ("list_objects", "ListBucketResult", found_object("a", LastModified="9" * 30), ""),
+    "an object of year 0": ("list_objects", "ListBucketResult", found_object("a", LastModified="0000-01-01"), ""),
+    "an object beside the prefix": ("list_objects", "ListBucketResult", found_object("a", Key="other/a"), ""),
+    "an object above the prefix": ("list_objects", "ListBucketResult", found_object("a", Key="a"), ""),
+    "an object with an absolute key": ("list_objects", "ListBucketResult", found_object("a", Key="/etc/passwd"), ""),
+    "an object that climbs": ("list_objects", "ListBucketResult", found_object("../../a"), ""),
+    "a name beside the prefix": ("list_names", "ListBucketResult", found_prefix("a").replace("p/", "q/"), ""),
+    "a name that climbs": ("list_names", "ListBucketResult", found_prefix(".."), ""),
+    "a name of two": ("list_names", "ListBucketResult", found_prefix("a/b"), ""),
+    "a name without an end": ("list_names", "ListBucketResult", found_prefix("a").replace("a/", "a"), ""),
+    "an upload above the prefix": ("list_uploads", "ListMultipartUploadsResult", found_upload("a", 1, Key="a"), ""),
+    "an upload that climbs": ("list_uploads", "ListMultipartUploadsResult", found_upload("../a", 1), ""),
+    "an upload of an absurd time": (
+        "list_uploads", "ListMultipartUploadsResult", found_upload("a", 1, Initiated="9" * 30), "",
+    ),
     "more without a token": ("list_objects", "ListBucketResult", "", truncated()),
     "more names without a token": ("list_names", "ListBucketResult", "", truncated()),
     "a prefix without a name": ("list_names", "ListBucketResult", "<CommonPrefixes></CommonPrefixes>", ""),
     "an upload without a key": ("list_uploads", "ListMultipartUploadsResult", found_upload("a", 1, Key=None), ""),
     "an upload without an id": ("list_uploads", "ListMultipartUploadsResult", found_upload("a", None), ""),
     "more uploads without a marker": ("list_uploads", "ListMultipartUploadsResult", "", truncated()),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("listing", "kind", "entry", "more"), BROKEN.values(), ids=BROKEN)
@@ -169,6 +195,78 @@ async def test_a_page_that_lacks_what_it_must_say_is_a_store_error(listing, kind
             _ = [found async for found in getattr(store, listing)()]
         assert type(e.value) is StoreError
         assert len(server.requests) == 1
+
+
+# Listings that do not end.
+
+
+@EVERY
+async def test_a_page_that_names_itself_as_the_next_is_a_store_error(listing):
+    first, _, told, expected = LISTINGS[listing]
+    seen = []
+    async with s3_on(*[first] * 9) as (server, store):
+        with pytest.raises(StoreError, match="does not end"):
+            async for found in getattr(store, listing)():
+                seen.append(told(found))  # noqa: PERF401 - what it yielded before it raised
+        assert seen == expected[:2]
+        assert len(server.requests) == 2
+
+
+ENDLESS = {
+    "objects, without any": ("list_objects", "ListBucketResult", ""),
+    "objects, always the same": ("list_objects", "ListBucketResult", found_object("a")),
+    "names, without any": ("list_names", "ListBucketResult", ""),
+    "uploads, always the same": ("list_uploads", "ListMultipartUploadsResult", found_upload("a", 1)),
+}
+
+
+def pages_without_end(kind, entry):
+    """An answer that goes on with another name for the next page each time."""
+
+    async def answer(e):
+        number = len(e.server.requests)
+        marks = ("NextContinuationToken", number), ("NextKeyMarker", number), ("NextUploadIdMarker", number)
+        await page(kind, [entry], truncated(*marks))(e)
+
+    return answer
+
+
+@pytest.mark.parametrize(("listing", "kind", "entry"), ENDLESS.values(), ids=ENDLESS)
+async def test_pages_without_end_that_tell_nothing_new_are_a_store_error(listing, kind, entry):
+    async with s3_on(*[pages_without_end(kind, entry)] * 1100) as (server, store):
+        with pytest.raises(StoreError, match="1000 pages in a row told nothing new") as e:
+            _ = [found async for found in getattr(store, listing)()]
+        assert type(e.value) is StoreError
+        assert len(server.requests) == 1000 + bool(entry)
+
+
+async def test_a_listing_may_have_empty_pages_and_pages_of_what_was_not_asked_for():
+    empty = [pages_without_end("ListBucketResult", "")] * 60
+    last = page("ListBucketResult", [found_object("z")])
+    async with s3_on(*empty, last) as (_, store):
+        assert [found.key async for found in store.list_objects()] == ["z"]
+    beside = [
+        page("ListBucketResult", [found_object(f"{i:03}")], truncated(("NextContinuationToken", i)))
+        for i in range(60)
+    ]
+    async with s3_on(*beside, page("ListBucketResult", [found_prefix("z")])) as (_, store):
+        assert [name async for name in store.list_names()] == ["z"]
+
+
+def test_new_names_begin_the_count_of_pages_anew():
+    listing = Listing("p/", "", "here")
+    for i in range(5000):
+        listing.next_asks({"t": str(i)}, {"t": str(i + 1)}, [(f"{i // 900:09}",), ("",)])
+    with pytest.raises(StoreError):
+        for i in range(1000):
+            listing.next_asks({"t": str(i)}, {"t": str(i + 1)}, [(f"{i % 5:09}",)])
+
+
+async def test_what_the_caller_raises_while_it_is_told_stays_what_it_is():
+    async with s3_on(page("ListBucketResult", [found_object("a")])) as (_, store):
+        with pytest.raises(KeyError, match="mine"):
+            async for found in store.list_objects():
+                raise KeyError("mine", found)
 
 
 # Any store's listings.

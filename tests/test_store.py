@@ -23,11 +23,11 @@ from cloudckpt.errors import (
 from cloudckpt.ranges import Range
 from cloudckpt.store.fsspec import LocalStore
 from cloudckpt.store.memory import Bucket, MemoryStore
-from cloudckpt.store.protocols import IfAbsent, IfMatch
+from cloudckpt.store.protocols import MAX_GET_NBYTES, IfAbsent, IfMatch
 from cloudckpt.store.s3 import S3Store
 from cloudckpt.store.s3_http import ViewsBody
 from cloudckpt.store.s3_options import S3Options
-from cloudckpt.store.url import check_url, open_store
+from cloudckpt.store.url import StoreOptions, check_url, open_store
 
 MIB = 1 << 20
 NO_ETAG = '"00000000000000000000000000000000"'
@@ -283,6 +283,60 @@ async def test_a_server_that_is_not_there_is_unavailable(unused_tcp_port):
             await store.get("k")
 
 
+async def test_stores_on_servers_that_the_environment_names_are_told_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    (tmp_path / "config").write_text("[profile there]\nendpoint_url = http://127.0.0.1:3/\n")
+    keys = {"access_key_id": "a", "secret_access_key": "b", "region": "us-east-1"}
+    identities = []
+    for name, value in (("AWS_ENDPOINT_URL", "http://127.0.0.1:1"), ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:2")):
+        monkeypatch.setenv(name, value)
+        async with S3Store("bucket", "", S3Options(**keys)) as store:
+            identities.append(store.identity)
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    monkeypatch.setenv("AWS_PROFILE", "there")
+    async with open_store("s3://bucket/run", StoreOptions(s3=S3Options(**keys))) as store:
+        identities.append(store.identity)
+    monkeypatch.delenv("AWS_PROFILE")
+    async with S3Store("bucket", "", S3Options(endpoint_url="http://127.0.0.1:4", **keys)) as store:
+        identities.append(store.identity)
+    assert identities == [f"http://127.0.0.1:{port}/bucket" for port in (1, 2, 3, 4)]
+    async with S3Store("bucket", "", S3Options(**keys)) as store:
+        assert "amazonaws.com/bucket" in store.identity
+
+
+async def test_a_region_that_is_none_is_told_as_such():
+    options = S3Options(
+        endpoint_url="http://127.0.0.1:1", region="no region!", access_key_id="a", secret_access_key="b"
+    )
+    with pytest.raises(StoreError, match="no region!"):
+        async with S3Store("bucket", "", options):
+            pass
+
+
+@pytest.mark.parametrize("content", [None, b"no certificate"])
+async def test_a_file_of_authorities_that_is_none_is_told_as_such_at_once(tmp_path, content):
+    file = tmp_path / "ca.pem"
+    if content is not None:
+        file.write_bytes(content)
+    options = S3Options(
+        endpoint_url="https://127.0.0.1:1", ca_bundle=str(file), access_key_id="a", secret_access_key="b"
+    )
+    with pytest.raises(UsageError, match=r"authorities cannot be read.*ca_bundle"):
+        async with S3Store("bucket", "", options):
+            pass
+
+
+async def test_a_file_that_is_too_large_to_be_got_whole_is_not_read(tmp_path):
+    store = LocalStore(str(tmp_path))
+    with (tmp_path / "manifest.json").open("wb") as f:
+        f.truncate(MAX_GET_NBYTES + 1)  # which takes no room
+    with pytest.raises(StoreError, match=f"more than {MAX_GET_NBYTES} bytes"):
+        await store.get("manifest.json")
+    into = memoryview(bytearray(5))
+    await store.get_range("manifest.json", Range(MAX_GET_NBYTES - 4, MAX_GET_NBYTES + 1), [into])
+
+
 def test_options_never_show_a_secret():
     shown = repr(S3Options(access_key_id="AK", secret_access_key="hush", session_token="hush"))
     assert "hush" not in shown
@@ -301,6 +355,9 @@ def test_half_a_credential_is_refused():
         ("s3://", "names no bucket"),
         ("s3:///key", "names no bucket"),
         ("file:///", "names no directory"),
+        ("s3://user:pass/word@bucket/run", "is no bucket"),
+        ("s3://[bucket/run", "is no bucket"),
+        ("memory://a:b/run", "is no bucket"),
         ("s3://b/k?versionId=1", "cannot have"),
         ("s3://b/a/../b", "segment"),
     ],

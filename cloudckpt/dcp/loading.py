@@ -13,6 +13,7 @@ from cloudckpt.dcp.dtypes import dtype_of
 from cloudckpt.dcp.pickles import prove_safe
 from cloudckpt.dcp.tensors import TensorSink
 from cloudckpt.engine.contents import Ask, Contents, Located
+from cloudckpt.engine.memory import buffer_for
 from cloudckpt.engine.read import ReadOptions, Wanted
 from cloudckpt.engine.sinks import MemorySink
 from cloudckpt.errors import DtypeMismatchError, MissingKeyError, ShapeMismatchError
@@ -63,6 +64,7 @@ class Loading:
 
         Raises:
             DtypeMismatchError, ShapeMismatchError, MissingKeyError: a destination does not fit.
+            TooLargeError: a byte string does not fit into memory.
         """
         self._tensors, self._strings = [], []
         found = []
@@ -117,7 +119,7 @@ class Loading:
         entry = self._contents.entry(key)
         match entry:
             case BytesEntry():
-                data = memoryview(bytearray(entry.nbytes))
+                data = buffer_for(repr(key), entry.nbytes)
                 self._strings.append((item, data))
                 read = located.read_bytes(key, entry, Region((0,), (entry.nbytes,)))
                 return Wanted(repr(key), read, MemorySink(data))

@@ -3,6 +3,7 @@
 Law: nothing is fetched here.
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cloudckpt.dcp.dtypes import dtype_of
 from cloudckpt.dcp.tensors import TensorSink
+from cloudckpt.engine.memory import too_large
 from cloudckpt.errors import UsageError
 from cloudckpt.ranges import Region
 
@@ -52,16 +54,24 @@ class TensorTarget:
         return TensorSink(part, self._stored, chunk_shape, inside)
 
 
-def empty(name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> torch.Tensor:
+def empty(key: str, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any) -> torch.Tensor:
     """A tensor to load into.
 
     Args:
+        key: of the entry, for messages.
         name: of the stored dtype, as the manifest spells it.
         shape: elements per axis.
         dtype: instead of the stored one, where that is of floating point and torch can convert it (not float4).
         device: where.
+
+    Raises:
+        TooLargeError: the device has no room for it.
     """
     stored = dtype_of(name)
     is_castable = stored.is_floating_point and stored is not torch.float4_e2m1fn_x2
     chosen = dtype if dtype is not None and is_castable else stored
-    return torch.empty(shape, dtype=chosen, device=device)
+    torch.empty(0, dtype=chosen, device=device)  # what is wrong with these is told by torch
+    try:
+        return torch.empty(shape, dtype=chosen, device=device)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as e:
+        raise too_large(repr(key), prod(shape) * chosen.itemsize) from e

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cloudckpt.engine.memory import buffer_for
 from cloudckpt.ranges import Range
 
 _FIRST_AHEAD = 64 << 10
@@ -84,12 +85,16 @@ class FileView(io.RawIOBase):
             return position
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """``size`` bytes from the position on, fewer only at the end; all of them where it is negative or None."""
+        """``size`` bytes from the position on, fewer only at the end; all of them where it is negative or None.
+
+        Raises:
+            TooLargeError: this process cannot hold so many; nothing was fetched.
+        """
         self._check_open()
         if size is None or size < 0:
             return self.readall()
-        data = bytearray(max(0, min(size, self._nbytes - self._position)))
-        return bytes(memoryview(data)[: self.readinto(data)])
+        data = self._buffer(min(size, self._nbytes - self._position))
+        return bytes(data[: self.readinto(data)])
 
     def write(self, data: Any, /) -> int:
         """Not supported."""
@@ -115,10 +120,14 @@ class FileView(io.RawIOBase):
             return len(wanted)
 
     def readall(self) -> bytes:
-        """Everything from the position to the end, in one piece."""
+        """Everything from the position to the end, in one piece.
+
+        Raises:
+            TooLargeError: see `read`.
+        """
         self._check_open()
         with self._lock:
-            data = bytearray(max(0, self._nbytes - self._position))
+            data = self._buffer(self._nbytes - self._position)
             self.readinto(data)
             return bytes(data)
 
@@ -151,6 +160,9 @@ class FileView(io.RawIOBase):
         self._fetch(block, memory)
         self._kept, self._kept_at = memory, block
         out[:] = memory[: len(rest)]
+
+    def _buffer(self, nbytes: int) -> memoryview:
+        return buffer_for(self.name, max(0, nbytes))
 
     def _check_open(self) -> None:
         if self.closed:

@@ -21,6 +21,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import (
+    MAX_GET_NBYTES,
     Blob,
     Body,
     Condition,
@@ -29,6 +30,7 @@ from cloudckpt.store.protocols import (
     ObjectInfo,
     Part,
     Upload,
+    too_large_to_get,
 )
 from cloudckpt.threads import in_thread
 
@@ -60,7 +62,10 @@ class LocalStore:
 
         def read() -> Blob:
             with self._open(key) as f:
-                return Blob(data=f.read(), etag=_etag(os.fstat(f.fileno())))
+                stat = os.fstat(f.fileno())
+                if stat.st_size > MAX_GET_NBYTES:
+                    raise too_large_to_get(f"{self.url}/{key}", MAX_GET_NBYTES)
+                return Blob(data=f.read(stat.st_size), etag=_etag(stat))
 
         return await self._do(key, read)
 
@@ -100,7 +105,7 @@ class LocalStore:
             try:
                 with self._fs.open(temporary, "wb") as f:
                     _write(f, body)
-                return self._publish(temporary, key, if_absent=isinstance(condition, IfAbsent))
+                return self._publish(temporary, key, condition)
             finally:
                 _unlink(temporary)
 
@@ -163,9 +168,7 @@ class LocalStore:
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
         """See `Multipart.complete_upload`."""
         del parts, crc32c  # each part was verified, and lies where it belongs
-        return await self._do(
-            upload.key, lambda: self._publish(self._upload_path(upload), upload.key, if_absent=False)
-        )
+        return await self._do(upload.key, lambda: self._publish(self._upload_path(upload), upload.key, None))
 
     async def abort_upload(self, upload: Upload) -> None:
         """See `Multipart.abort_upload`."""
@@ -240,14 +243,16 @@ class LocalStore:
             msg = f"{self.url}/{key} is not the object with ETag {condition.etag} any more"
             raise PreconditionFailedError(msg)
 
-    def _publish(self, temporary: str, key: str, *, if_absent: bool) -> str:
+    def _publish(self, temporary: str, key: str, condition: Condition | None) -> str:
         path = self._path(key)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
             etag = _etag(os.fstat(f.fileno()))
-        if if_absent:
+        if isinstance(condition, IfAbsent):
             os.link(temporary, path)
         else:
+            if condition is not None:  # looked at again, since what was written until now took its time
+                self._check(key, condition)
             os.replace(temporary, path)
         _sync_folders(os.path.dirname(path), os.path.dirname(self._root))
         return etag

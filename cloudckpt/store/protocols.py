@@ -18,9 +18,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from cloudckpt.errors import StoreError
 from cloudckpt.ranges import Range
 
 Body = Sequence[memoryview]
+
+MAX_GET_NBYTES = 1 << 30
+"""Of an object that is read whole into memory. A manifest of a million chunks takes an eighth of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,12 @@ class Get(GetRange, Protocol):
     """Reading."""
 
     async def get(self, key: str) -> Blob:
-        """The whole object; for small ones."""
+        """The whole object; for small ones.
+
+        Raises:
+            ObjectNotFoundError: no such object.
+            StoreError: it has more than `MAX_GET_NBYTES`, or does not end.
+        """
         ...
 
     async def head(self, key: str) -> ObjectInfo:
@@ -211,3 +220,11 @@ class Store(Get, Put, List, Delete, Multipart, Protocol):
     def identity(self) -> str:
         """Names the server and bucket: stores with equal identities share their properties."""
         ...
+
+
+def too_large_to_get(where: str, most: int) -> StoreError:
+    """What `Get.get` raises of an object with more bytes than ``most``."""
+    return StoreError(
+        f"{where} has more than {most} bytes: too many for what is read whole (a manifest, a tombstone, an index). "
+        "It is not what it is named after; check who wrote it, and the endpoint"
+    )

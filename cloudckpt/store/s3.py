@@ -15,6 +15,7 @@ from botocore.exceptions import ClientError
 from cloudckpt.errors import CredentialsError, StaleCredentialsError, StoreError
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import (
+    MAX_GET_NBYTES,
     Blob,
     Body,
     Condition,
@@ -23,22 +24,33 @@ from cloudckpt.store.protocols import (
     ObjectInfo,
     Part,
     Upload,
+    too_large_to_get,
 )
 from cloudckpt.store.receive import receive
 from cloudckpt.store.s3_abilities import Abilities, ChecksumWay, abilities_of
 from cloudckpt.store.s3_clients import s3_client
 from cloudckpt.store.s3_credentials import renews, used_by
-from cloudckpt.store.s3_errors import code_of, kind_of, translated
+from cloudckpt.store.s3_errors import code_of, kind_of, told_of, translated
 from cloudckpt.store.s3_http import ViewsBody
+from cloudckpt.store.s3_listing import Listing
 from cloudckpt.store.s3_options import S3Options
 
+_PIECE_NBYTES = 1 << 20
 _MAX_DELETE = 1000  # docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 
 
 class S3Store:
     """Implements `Store` over a prefix of a bucket; an async context manager that owns its connections."""
 
-    def __init__(self, bucket: str, prefix: str, options: S3Options, *, keeps_client: bool = False) -> None:
+    def __init__(
+        self,
+        bucket: str,
+        prefix: str,
+        options: S3Options,
+        *,
+        keeps_client: bool = False,
+        max_get_nbytes: int = MAX_GET_NBYTES,
+    ) -> None:
         """Roots a store at ``s3://bucket/prefix``.
 
         Args:
@@ -46,8 +58,10 @@ class S3Store:
             prefix: empty, or ending in ``/``.
             options: how to reach it.
             keeps_client: see `s3_clients.s3_client`.
+            max_get_nbytes: see `Get.get`.
         """
         self._keeps_client = keeps_client
+        self._max_get_nbytes = max_get_nbytes
         self._bucket = bucket
         self._prefix = prefix
         self._options = options
@@ -60,7 +74,9 @@ class S3Store:
     async def __aenter__(self) -> Self:
         with translated(self.url):
             self._client = await self._exit.enter_async_context(s3_client(self._options, is_kept=self._keeps_client))
-        self._abilities = abilities_of(self._client.meta.endpoint_url, self._bucket)
+        endpoint_url = self._client.meta.endpoint_url.rstrip("/")  # which may come from the environment
+        self.identity = f"{endpoint_url}/{self._bucket}"
+        self._abilities = abilities_of(endpoint_url, self._bucket)
         return self
 
     async def __aexit__(
@@ -71,10 +87,14 @@ class S3Store:
 
     async def get(self, key: str) -> Blob:
         """See `Get.get`."""
-        with self._asked(key):
+        with self._asked(key) as where:
             reply = await self._client.get_object(**self._at(key))
             async with reply["Body"] as body:
-                return Blob(data=await body.read(), etag=reply["ETag"])
+                told = reply.get("ContentLength") or 0
+                data = await _read(body, self._max_get_nbytes) if told <= self._max_get_nbytes else None
+                if data is None:
+                    raise too_large_to_get(where, self._max_get_nbytes)
+                return Blob(data=data, etag=reply["ETag"])
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         """See `Get.get_range`."""
@@ -95,7 +115,7 @@ class S3Store:
                 if code_of(e) == "400" and used_by(self._client._get_credentials()) is not None:
                     # S3's answer to expired credentials, for a reply to HEAD has no body that could say so.
                     msg = f"{where}: the credentials may have expired (HTTP 400)"
-                    raise StaleCredentialsError(msg) from e
+                    raise StaleCredentialsError(msg) from told_of(e)
                 raise
             return ObjectInfo(
                 key=key, size=reply["ContentLength"], etag=reply["ETag"], modified=reply["LastModified"]
@@ -122,22 +142,31 @@ class S3Store:
 
     async def list_objects(self, prefix: str = "") -> AsyncIterator[ObjectInfo]:
         """See `List.list_objects`."""
-        token: dict[str, str] | None = {}
-        while token is not None:
+        listing = Listing(self._prefix, prefix, self.url)
+        marker: dict[str, str] | None = {}
+        while marker is not None:
             with self._asked():
-                page, token = await self._page(prefix, **token)
-                infos = [self._info(found) for found in page.get("Contents", ())]
+                page, following = await self._page(listing, **marker)
+                infos = [listing.info(found) for found in page.get("Contents", ())]
+                if following is not None:
+                    listing.next_asks(marker, following, ((info.key,) for info in infos))
+                marker = following
             for info in infos:
                 yield info
 
     async def list_names(self, prefix: str = "") -> AsyncIterator[str]:
         """See `List.list_names`."""
-        full = self._prefix + prefix
-        token: dict[str, str] | None = {}
-        while token is not None:
+        listing = Listing(self._prefix, prefix, self.url)
+        marker: dict[str, str] | None = {}
+        while marker is not None:
             with self._asked():
-                page, token = await self._page(prefix, Delimiter="/", **token)
-                names = [found["Prefix"].removeprefix(full).rstrip("/") for found in page.get("CommonPrefixes", ())]
+                page, following = await self._page(listing, Delimiter="/", **marker)
+                names = [listing.name(found) for found in page.get("CommonPrefixes", ())]
+                if following is not None:  # what lies directly there fills pages too
+                    beside = [found["Key"] for found in page.get("Contents", ())]
+                    below = [found["Prefix"] for found in page.get("CommonPrefixes", ())]
+                    listing.next_asks(marker, following, ((key,) for key in beside + below))
+                marker = following
             for name in names:
                 yield name
 
@@ -210,23 +239,26 @@ class S3Store:
 
     async def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """See `Multipart.list_uploads`."""
+        listing = Listing(self._prefix, prefix, self.url)
         marker: dict[str, str] | None = {}
         while marker is not None:
             with self._asked():
                 page = await self._client.list_multipart_uploads(
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **marker
+                    Bucket=self._bucket, Prefix=listing.full_prefix, **marker
                 )
                 _ = page.get("Bucket") or page["IsTruncated"]  # see _page
-                uploads = [self._upload(found) for found in page.get("Uploads", ())]
-                marker = None
+                uploads = [listing.upload(found) for found in page.get("Uploads", ())]
+                following = None
                 if page.get("IsTruncated"):
-                    marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                    following = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                    listing.next_asks(marker, following, ((upload.key, upload.upload_id) for upload in uploads))
+                marker = following
             for upload in uploads:
                 yield upload
 
-    async def _page(self, prefix: str, **more: str) -> tuple[dict[str, Any], dict[str, str] | None]:
+    async def _page(self, listing: Listing, **more: str) -> tuple[dict[str, Any], dict[str, str] | None]:
         """A page of a listing, and what to ask the next one with."""
-        page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix + prefix, **more)
+        page = await self._client.list_objects_v2(Bucket=self._bucket, Prefix=listing.full_prefix, **more)
         _ = page["Name"]  # every listing has one; an empty answer is none, and must not pass for "no objects"
         return page, {"ContinuationToken": page["NextContinuationToken"]} if page.get("IsTruncated") else None
 
@@ -269,18 +301,6 @@ class S3Store:
             )
             raise CredentialsError(msg) from e
 
-    def _info(self, found: dict[str, Any]) -> ObjectInfo:
-        return ObjectInfo(
-            key=found["Key"].removeprefix(self._prefix),
-            size=found["Size"],
-            etag=found["ETag"],
-            modified=found["LastModified"],
-        )
-
-    def _upload(self, found: dict[str, Any]) -> Upload:
-        key = found["Key"].removeprefix(self._prefix)
-        return Upload(key=key, upload_id=found["UploadId"], started=found.get("Initiated"))
-
     def _at(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
@@ -301,6 +321,17 @@ class S3Store:
         o = self._options
         named = {"ServerSideEncryption": o.server_side_encryption, "SSEKMSKeyId": o.sse_kms_key_id}
         return {name: value for name, value in named.items() if value is not None}
+
+
+async def _read(body: Any, most: int) -> bytes | None:
+    """The whole body, or None if it has more bytes than that."""
+    pieces, nbytes = [], 0
+    while piece := await body.read(_PIECE_NBYTES):
+        pieces.append(piece)
+        nbytes += len(piece)
+        if nbytes > most:
+            return None
+    return b"".join(pieces)
 
 
 def _conditions(condition: Condition | None) -> dict[str, str]:

@@ -12,7 +12,8 @@ from typing import Any
 from botocore.exceptions import ClientError
 
 from cloudckpt.errors import ChecksumRefusedError, ChecksumsNotKnownError
-from cloudckpt.store.s3_errors import code_of, status_of
+from cloudckpt.store.addresses import shown
+from cloudckpt.store.s3_errors import code_of, status_of, told_of
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class ChecksumWay:
         except ClientError as e:
             if _is_among(e, _REFUSED_FOR_CHECKSUM) and self._may_be_for_checksum(with_checksum=with_checksum):
                 msg = f"{where}: the server may refuse checksums ({code_of(e)}: {_said(e)}); it is asked without next"
-                raise ChecksumsNotKnownError(msg) from e
+                raise ChecksumsNotKnownError(msg) from told_of(e)
             raise
         if with_checksum and proves:
             self._state = _State.KNOWS
@@ -173,4 +174,4 @@ def _is_among(error: ClientError, codes: set[str]) -> bool:
 
 
 def _said(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Message", ""))
+    return shown(error.response.get("Error", {}).get("Message", ""))

@@ -7,7 +7,7 @@ import asyncio
 import ctypes
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from weakref import WeakKeyDictionary
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
+from botocore.exceptions import BotoCoreError
 from botocore.loaders import Loader
 
-from cloudckpt.errors import UsageError
+from cloudckpt.errors import CheckpointError, UsageError
 from cloudckpt.store.s3_credentials import FoundCredentials, ProvidedCredentials
 from cloudckpt.store.s3_http import OneAttemptSession
 from cloudckpt.store.s3_options import S3Options, check_endpoint
+from cloudckpt.store.s3_parsing import CarefulParsers
 
 _ALSO_READ = {"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "REQUESTS_CA_BUNDLE"}
 """Variables beside AWS's own that its SDK reads."""
@@ -94,6 +96,7 @@ async def _make(options: S3Options) -> _Shared:
     o = options
     session = AioSession(profile=o.profile)
     session.register_component("data_loader", _service_models())
+    session.register_component("response_parser_factory", CarefulParsers())
     found = FoundCredentials(session._create_credential_resolver)
     session.register_component("credential_provider", ProvidedCredentials(o) if o.credentials else found)
     creating = session.create_client(
@@ -107,9 +110,12 @@ async def _make(options: S3Options) -> _Shared:
         config=_config(o),
     )
     stack = AsyncExitStack()
-    client = None
-    with suppress(ValueError):  # botocore's shows the endpoint, which may hold a password
+    try:
         client = await stack.enter_async_context(creating)
+    except (BotoCoreError, CheckpointError):
+        raise
+    except ValueError:
+        client = None  # botocore's shows the endpoint, which may hold a password
     try:
         check_endpoint(client.meta.endpoint_url if client else "")  # it may come from the environment
     except UsageError:

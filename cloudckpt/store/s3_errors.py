@@ -28,6 +28,8 @@ from cloudckpt.errors import (
     ThrottledError,
     UsageError,
 )
+from cloudckpt.store.addresses import shown
+from cloudckpt.store.s3_http import UnfitReplyError
 
 _BY_CODE: dict[str, tuple[type[StoreError], str]] = {
     "NoSuchBucket": (BucketNotFoundError, "no such bucket; create it, or check the URL and the endpoint"),
@@ -88,6 +90,15 @@ _UNREACHABLE = (
 )
 
 
+class ForeignError(Exception):
+    """What botocore or aiohttp raised, by name and text: the object itself holds the request, and its signature."""
+
+
+def told_of(error: Exception) -> ForeignError:
+    """An error of theirs as the cause of one of ours."""
+    return ForeignError(f"{type(error).__name__}: {shown(error)}").with_traceback(error.__traceback__)
+
+
 @contextmanager
 def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
     """Turns what the client raises into the `StoreError` that says what to do.
@@ -103,34 +114,39 @@ def translated(where: str, ignore: Collection[str] = ()) -> Iterator[None]:
     except boto.ClientError as e:
         code = code_of(e)
         if code not in ignore:
-            raise _of_reply(e, code, where) from e
-    except _NO_CREDENTIALS as e:
-        msg = (
-            f"{where}: no usable credentials ({e}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
-            "AWS_PROFILE, pass access_key_id= and secret_access_key= or credentials=, or give the machine a role"
-        )
-        raise CredentialsError(msg) from e
-    except boto.ProfileNotFound as e:
-        msg = f"{where}: {e}"
-        raise CredentialsError(msg) from e
-    except boto.SSLError as e:
-        msg = f"{where}: the server's certificate was not accepted ({e}); pass ca_bundle= or set AWS_CA_BUNDLE"
-        raise StoreError(msg) from e
-    except boto.ParamValidationError as e:
-        msg = f"{where}: {e}"
-        raise UsageError(msg) from e
-    except _UNREACHABLE as e:
-        msg = f"{where}: no answer ({type(e).__name__}: {e})"
-        raise StoreUnavailableError(msg) from e
-    except boto.BotoCoreError as e:
-        msg = f"{where}: {e}"
-        raise StoreError(msg) from e
+            raise _of_reply(e, code, where) from told_of(e)
+    except (boto.BotoCoreError, UnfitReplyError, *_UNREACHABLE) as e:
+        raise _of_client(e, where) from told_of(e)
     except KeyError as e:
         msg = f"{where}: the server's answer lacks {e}; it may not speak S3"
-        raise StoreError(msg) from e
+        raise StoreError(msg) from told_of(e)
     except (ResponseParserError, ValueError) as e:
         msg = f"{where}: the server's answer makes no sense ({type(e).__name__}); it may not speak S3"
-        raise StoreError(msg) from e
+        raise StoreError(msg) from told_of(e)
+
+
+def _of_client(error: Exception, where: str) -> CheckpointError:
+    told = shown(error)
+    match error:
+        case (UnfitReplyError() as unfit) | boto.HTTPClientError(kwargs={"error": UnfitReplyError() as unfit}):
+            return StoreError(f"{where}: {unfit}")
+        case _ if isinstance(error, _NO_CREDENTIALS):
+            return CredentialsError(
+                f"{where}: no usable credentials ({told}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+                "AWS_PROFILE, pass access_key_id= and secret_access_key= or credentials=, or give the machine a role"
+            )
+        case boto.ProfileNotFound():
+            return CredentialsError(f"{where}: {told}")
+        case boto.SSLError():
+            return StoreError(
+                f"{where}: the server's certificate was not accepted ({told}); pass ca_bundle= or set AWS_CA_BUNDLE"
+            )
+        case boto.ParamValidationError():
+            return UsageError(f"{where}: {told}")
+        case _ if isinstance(error, _UNREACHABLE):
+            return StoreUnavailableError(f"{where}: no answer ({type(error).__name__}: {told})")
+        case _:
+            return StoreError(f"{where}: {told}")
 
 
 def code_of(error: boto.ClientError) -> str:
@@ -153,7 +169,7 @@ def _of_reply(error: boto.ClientError, code: str, where: str) -> StoreError:
     kind, meaning = _BY_CODE.get(code) or _BY_STATUS.get(status) or (None, "")
     if kind is None:
         kind = StoreUnavailableError if status >= 500 else StoreError
-        meaning = str(error.response.get("Error", {}).get("Message", ""))
+        meaning = shown(error.response.get("Error", {}).get("Message", ""))
     told = kind(f"{where}: {meaning} ({error.operation_name}: {code or 'no code'}, HTTP {status})")
     if isinstance(told, PermissionDeniedError) and error.operation_name in _OF_OBJECTS:
         told.add_note(
@@ -171,7 +187,7 @@ def _retry_after_s(error: boto.ClientError) -> float | None:
     asked = str(headers.get("retry-after", ""))
     try:
         seconds = float(asked) if asked[:1].isdigit() else _seconds_until(asked)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
 

@@ -3,11 +3,11 @@
 Law: no S3 here, only HTTP; whatever is not changed is aiobotocore's own.
 """
 
+import asyncio
 import io
 import ssl
-from collections.abc import Sequence
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Self
 
 from aiobotocore.httpsession import AIOHTTPSession
 from aiohttp import ClientResponse, ClientResponseError, ClientSession
@@ -15,9 +15,17 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import Payload
 from botocore.exceptions import BotoCoreError, ConnectionClosedError
 
+from cloudckpt.errors import UsageError
+from cloudckpt.store.addresses import shown
 from cloudckpt.store.send import send
 
+_MOST_IN_MEMORY = 64 << 20
+"""A page that lists 1,000 keys of 1,024 bytes, each character of them escaped, takes less than a fifth of it."""
+_DECLARES = b"<!DOCTYPE"
+"""Begins what makes XML grow without end, or name files; botocore's parser knows UTF-8 alone."""
 _REDIRECTS = (301, 302, 303, 307, 308)
+
+_AUTHORITIES = "ca_bundle=, AWS_CA_BUNDLE, ca_bundle of AWS's config file, or REQUESTS_CA_BUNDLE"
 
 _contexts: dict[bool | str, ssl.SSLContext] = {}
 """By what they verify against; shared by the sessions of the process."""
@@ -90,6 +98,44 @@ class _ViewsPayload(Payload):
         await self.write(writer)
 
 
+class UnfitReplyError(Exception):
+    """A reply that is not read to its end, or not understood."""
+
+
+class _BoundedResponse(ClientResponse):
+    """A reply that is read whole, as all are but an object's bytes: only up to a size, and only if it is plain."""
+
+    async def read(self) -> bytes:
+        if self._body is None:
+            try:
+                body = await _read_at_most(_MOST_IN_MEMORY, self.content.readany)
+                self._body = _plain(body, is_success=self.status < 300)
+            except BaseException:
+                self.close()
+                raise
+        return await super().read()
+
+
+async def _read_at_most(most: int, read: Callable[[], Awaitable[bytes]]) -> bytes:
+    pieces, nbytes = [], 0
+    while piece := await read():
+        pieces.append(piece)
+        nbytes += len(piece)
+        if nbytes > most:
+            msg = f"the server's answer has more than {most} bytes; it may not speak S3"
+            raise UnfitReplyError(msg)
+    return b"".join(pieces)
+
+
+def _plain(body: bytes, *, is_success: bool) -> bytes:
+    if _DECLARES not in body:
+        return body
+    if is_success:
+        msg = "the server's answer declares a document type; it may not speak S3"
+        raise UnfitReplyError(msg)
+    return b""  # a page of HTML, mostly, of which the status says what is to be known
+
+
 class RedirectedError(BotoCoreError):  # type: ignore[misc]
     """The server sends the request elsewhere, and not to another region of S3."""
 
@@ -113,11 +159,24 @@ class _WithoutRedirects:
 class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
     """Sends each request once; `ViewsBody` bodies go out by their views."""
 
+    async def __aenter__(self) -> Self:
+        if not self._verify:  # by an empty AWS_CA_BUNDLE or REQUESTS_CA_BUNDLE, which not every botocore refuses
+            msg = f"certificates are always verified: {_AUTHORITIES} is empty; unset it, or name the file"
+            raise UsageError(msg)
+        try:
+            await asyncio.to_thread(self._build_ssl_contexts, None)
+        except OSError as e:
+            msg = f"the certificate authorities cannot be read ({e.strerror or e}); see {_AUTHORITIES}"
+            raise UsageError(msg) from e
+        await super().__aenter__()
+        return self
+
     async def _get_session(self, proxy_url: str | None) -> "_WithoutRedirects":
         session: ClientSession = await super()._get_session(proxy_url)
         # aiohttp re-sends idempotent requests, PUT among them, when a kept-alive connection was lost: a
         # conditional PUT that had landed would then be answered 412. aiohttp's own test client uses this switch.
         session._retry_connection = False
+        session._response_class = _BoundedResponse
         return _WithoutRedirects(session)
 
     def _build_ssl_contexts(self, proxy_url: str | None) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
@@ -137,8 +196,8 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
         # redirected too, without end.
         if reply.status_code in _REDIRECTS and "x-amz-bucket-region" not in reply.headers:
             await reply.content  # so that the connection goes back
-            where = urlsplit(reply.headers.get("location", ""))  # its query may be a signature
-            raise RedirectedError(location=f"{where.scheme}://{where.hostname}{where.path}", status=reply.status_code)
+            location = reply.headers.get("location", "").partition("?")[0]  # the rest may be a signature
+            raise RedirectedError(location=shown(location), status=reply.status_code)
         return reply
 
     async def _send_tellably(self, request: Any) -> Any:

@@ -61,7 +61,13 @@ def check_url(url: str) -> str:
     Raises:
         UnsupportedUrlError: no store serves it, or it names no bucket or directory.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        parts = None  # its error shows the host, and what stands before it
+    if parts is None or (parts.scheme in SCHEMES and ":" in parts.netloc.rpartition("@")[2]):
+        msg = "what stands behind :// is no bucket or directory; it is not shown, for it may hold a password"
+        raise UnsupportedUrlError(msg)
     known = ", ".join(f"{s}://" for s in SCHEMES)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # the rest may be a secret
     if parts.scheme not in SCHEMES:

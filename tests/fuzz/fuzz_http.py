@@ -3,6 +3,7 @@
 import asyncio
 import atexit
 import os
+from datetime import datetime
 from functools import cache
 from typing import ClassVar
 
@@ -27,6 +28,10 @@ UPLOADS = b"""<ListMultipartUploadsResult><Bucket>bucket</Bucket><IsTruncated>fa
 <Key>p/k</Key><UploadId>u</UploadId><Initiated>2026-11-24T01:02:03.000Z</Initiated></Upload></ListMultipartUploadsResult>"""
 CREATED = b"<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>"
 COMPLETED = b'<CompleteMultipartUploadResult><ETag>"e"</ETag></CompleteMultipartUploadResult>'
+ENDLESS = LISTING.replace(
+    b"<IsTruncated>false</IsTruncated>",
+    b"<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>",
+)
 DELETED = b"<DeleteResult><Error><Key>p/k</Key><Code>AccessDenied</Code></Error></DeleteResult>"
 
 
@@ -68,11 +73,23 @@ async def get_range(store):
         assert around[:GUARD] == around[-GUARD:] == b"\xa5" * GUARD
 
 
-async def listed(found):
-    count = 0
-    async for _ in found:
-        count += 1
-    return count
+async def listed(store):
+    async for found in store.list_objects():
+        assert (type(found.key), type(found.etag), type(found.modified)) == (str, str, datetime)
+        assert found.size >= 0
+        assert ".." not in found.key.split("/")
+
+
+async def named(store):
+    async for name in store.list_names():
+        assert "/" not in name
+        assert name != ".."
+
+
+async def under_way(store):
+    async for upload in store.list_uploads():
+        assert (type(upload.key), type(upload.upload_id)) == (str, str)
+        assert isinstance(upload.started, datetime | None)
 
 
 CALLS = [
@@ -84,15 +101,15 @@ CALLS = [
     lambda store: store.put_part(UPLOAD, 1, 0, [memoryview(BODY)], crc32c=crc32c(BODY)),
     lambda store: store.complete_upload(UPLOAD, [Part(number=1, etag="e", crc32c=7)], crc32c=7),
     lambda store: store.abort_upload(UPLOAD),
-    lambda store: listed(store.list_objects()),
-    lambda store: listed(store.list_names()),
-    lambda store: listed(store.list_uploads()),
+    listed,
+    named,
+    under_way,
     lambda store: store.delete(["k"]),
 ]
 
 
 def seeds():
-    """Valid inputs: the number of a call, and the server's reply."""
+    """Valid inputs: the number of a call, and the server's reply, to each request that the call makes."""
     when = {"Last_Modified": "Tue, 24 Nov 2026 01:02:03 GMT"}
     replies = {
         0: [head(200, len(BODY), ETag=etag(BODY), **when) + BODY,
@@ -104,7 +121,7 @@ def seeds():
         5: [head(200, 0, ETag='"e"')],
         6: [head(200, len(COMPLETED)) + COMPLETED, head(200, 100) + error_xml("InternalError")],
         7: [head(204, 0), head(404, 100) + error_xml("NoSuchUpload")],
-        8: [head(200, len(LISTING)) + LISTING],
+        8: [head(200, len(LISTING)) + LISTING, head(200, len(ENDLESS)) + ENDLESS],
         9: [head(200, len(LISTING)) + LISTING],
         10: [head(200, len(UPLOADS)) + UPLOADS],
         11: [head(200, len(DELETED)) + DELETED],
@@ -125,7 +142,7 @@ async def _check(call, reply):
         await e.close()
 
     server = session().server
-    server._script = [answer]
+    server._script = [answer] * 20
     del server.requests[:]
     async with asyncio.timeout(BOUND_S):
         try:
