@@ -18,7 +18,7 @@ from fault_matrix import WORKS, Matrix, quiet, sample, wrong_with
 from fault_ranks import found_at, is_equal, load
 
 CASES = os.environ.get("FAULT_CASES", "700")
-KILLS = os.environ.get("FAULT_KILLS", "4")
+KILLS = os.environ.get("FAULT_KILLS", "2")
 SEED = int(os.environ.get("FAULT_SEED", "1"))
 PARTS = WORKS[0]
 
@@ -85,7 +85,7 @@ def test_a_server_that_is_killed_between_two_requests_costs_time_alone(server, m
     if not server.durable:
         pytest.skip(f"{server.name} keeps everything in memory: it comes back empty")
     places = [place for place in matrix.places(PARTS) if place.rank == 0]
-    places = some(places, KILLS if KILLS == "all" else 2)
+    places = some(places, KILLS)
     for place in places:
         facts = matrix.strike(PARTS, place, crash(server), retry_deadline_s=120, commit_deadline_s=120)
         assert wrong_with(quiet(PARTS), facts) == [], place
