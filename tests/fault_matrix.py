@@ -82,6 +82,8 @@ class Case:
     work: Work
     strikes: tuple[tuple[Place, Fault], ...]
     expected: str
+    may_be_damaged: bool = False
+    """A body is flipped on its way to a server that verifies none."""
 
     @property
     def name(self) -> str:
@@ -127,7 +129,12 @@ def strikes_at(place: Place, server: str) -> list[tuple[Fault, str]]:
 def cases_of(work: Work, places: list[Place], server: str) -> list[Case]:
     """Every request of the work, failed in every way."""
     return [
-        Case(work=work, strikes=((place, fault),), expected=FAILS if work.fails_first else expected)
+        Case(
+            work=work,
+            strikes=((place, fault),),
+            expected=FAILS if work.fails_first else expected,
+            may_be_damaged=fault.flips and bool(place.nbytes) and server not in VERIFIES,
+        )
         for place in places
         for fault, expected in strikes_at(place, server)
     ]
@@ -144,7 +151,14 @@ def pairs_of(cases: list[Case], count: int, random: Random) -> list[Case]:
         if first.strikes[0][0] == second.strikes[0][0]:
             continue
         worst = max((first.expected, second.expected), key=[SAFE, EITHER, FAILS].index)
-        found.append(Case(work=first.work, strikes=first.strikes + second.strikes, expected=worst))
+        found.append(
+            Case(
+                work=first.work,
+                strikes=first.strikes + second.strikes,
+                expected=worst,
+                may_be_damaged=first.may_be_damaged or second.may_be_damaged,
+            )
+        )
     return found
 
 
@@ -172,18 +186,20 @@ def wrong_with(case: Case, facts: list[dict[str, Any]]) -> list[str]:
             problems.append("loaded without an error, and not equal")
         return problems
     is_unknown = any(name == "CommitUnknownError" for e in errors for _, name, _ in (e or {}).values())
-    has_landed = facts[0]["is_committed"] and not any(f.get("is_old") for f in facts)
-    if facts[0]["is_committed"] and not all(f["is_equal"] or f.get("is_old") for f in facts):
-        problems.append("committed, and not equal to what was saved")
+    there = facts[0]  # the first rank looks, past the proxy
+    has_landed = there["is_committed"] and not there["is_old"]
+    if there["damage"] and case.may_be_damaged:
+        return problems  # the server took a damaged body for good, and loads say so
+    if there["is_committed"] and not there["is_equal"] and not there["is_old"]:
+        problems.append(f"committed, and not equal to what was saved: {there['damage']}")
     if failed and has_landed and not is_unknown:
         problems.append("failed, and committed")
     if not failed and not has_landed:
         problems.append("succeeded, and nothing is committed")
-    if case.work.overwrite and not facts[0]["is_committed"]:
+    if case.work.overwrite and not there["is_committed"]:
         problems.append("what was to be overwritten is gone")
-    uploads = {key for f in facts for key in f["uploads"]}
-    if uploads:
-        problems.append(f"{len(uploads)} uploads are open: {sorted(uploads)}")
+    if there["uploads"]:
+        problems.append(f"{len(there['uploads'])} uploads are open: {there['uploads']}")
     return problems
 
 
@@ -198,8 +214,7 @@ class Pair:
         self._process = subprocess.Popen(
             [*command, str(Path(fault_ranks.__file__)), f"{host}:{port}", key.hex()],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         self._connections: dict[int, Any] = {}
@@ -231,10 +246,10 @@ class Pair:
             except OSError:
                 continue
         try:
-            self._process.communicate(timeout=30)
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.communicate()
+            self._process.wait()
         for connection in self._connections.values():
             connection.close()
         self._listener.close()
@@ -320,12 +335,19 @@ class Matrix:
         for case in cases:
             if time.monotonic() > stop_at:
                 break
-            facts = self._run(case.work, case.strikes)
+            try:
+                facts = self._run(case.work, case.strikes)
+            except (EOFError, TimeoutError) as e:
+                e.add_note(case.name)
+                raise
             struck = [r.fault.name for p in self.proxies for r in p.requests if r.fault is not None]
             self.tally.cases += 1
             self.tally.faults.update(struck)
             failed = any(f["error"] for f in facts)
-            self.tally.outcomes["failed, nothing there" if failed else "succeeded, whole and equal"] += 1
+            if any(f["damage"] for f in facts):
+                self.tally.outcomes["damaged by the server, told by loads"] += 1
+            else:
+                self.tally.outcomes["failed, nothing there" if failed else "succeeded, whole and equal"] += 1
             if case.strikes[0][1].name not in struck and not case.work.fails_first:
                 self.tally.unstruck.append(case.name)
             if problems := wrong_with(case, facts):
@@ -382,7 +404,7 @@ class Matrix:
 
     def run_at(self, url: str, case: Case) -> tuple[list[dict[str, Any]], int]:
         """Runs a case at a URL; returns what the ranks found, and the seed of what they saved."""
-        told = self.case_of(case.work) | {"url": url}
+        told = self.case_of(case.work) | {"url": url, "measures": True}
         for proxy in self.proxies:
             proxy.clear()
         for place, fault in case.strikes:
@@ -430,11 +452,16 @@ def nth(place: Place) -> Any:
 
 
 def sample(cases: list[Case], count: int, seed: int) -> list[Case]:
-    """So many cases: all with one fault, or some of them; and pairs, where there is room for more."""
+    """So many cases: all with one fault, or some of them; and pairs, where there is room for more.
+
+    Of some, few stall: each costs a timeout.
+    """
     random = Random(seed)
-    if len(cases) > count:
-        return random.sample(cases, count)
-    return cases + pairs_of(cases, count - len(cases), random)
+    if len(cases) <= count:
+        return cases + pairs_of(cases, count - len(cases), random)
+    quick, slow = ([c for c in cases if (c.strikes[0][1].ending == "stall") == stalls] for stalls in (False, True))
+    few = random.sample(slow, min(len(slow), max(count // 30, count - len(quick))))
+    return few + random.sample(quick, count - len(few))
 
 
 def quiet(work: Work) -> Case:

@@ -4,11 +4,13 @@
 and process id, and answers each case with what it found, until the connection ends.
 """
 
+import ctypes
 import gc
 import os
 import sys
 import warnings
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Client
 
 import torch
@@ -34,22 +36,29 @@ PATIENCE = {
     "retry_base_s": 0.002,
     "retry_cap_s": 0.05,
     "retry_deadline_s": 20,
-    "read_timeout_s": 0.8,
+    "read_timeout_s": 0.5,
     "connect_timeout_s": 2,
     "commit_deadline_s": 20,
 }
 
 
+@cache
+def noise(count):
+    """Numbers that do not compress."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(-(1 << 31), 1 << 31, (count,), generator=random, dtype=torch.int32)
+
+
 def state_of(workload, seed, mesh=None):
     """What is saved, sharded over the ranks; or what one process holds of it, whole."""
     count = NUMBERS[workload]
-    random = torch.Generator().manual_seed(seed)
-    whole = torch.randint(-(1 << 31), 1 << 31, (2 * count,), generator=random, dtype=torch.int32)
-    if mesh is not None:
-        rank = dist.get_rank()
-        part = whole[rank * count : (rank + 1) * count].clone()
-        whole = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-    return {"weight": whole, "step": seed, "note": {"of": [workload, seed]}}
+    if mesh is None:
+        weight = noise(2 * count) + seed
+    else:
+        start = dist.get_rank() * count
+        weight = noise(2 * count)[start : start + count] + seed
+        weight = DTensor.from_local(weight, mesh, [Shard(0)], run_check=False)
+    return {"weight": weight, "step": seed, "note": {"of": [workload, seed]}}
 
 
 def is_equal(state, workload, seed):
@@ -103,12 +112,12 @@ def run(case, mesh):
     direct = case["s3"]
     through = direct | PATIENCE | case.get("patience", {}) | {"endpoint_url": case["proxies"][rank]}
     readers = {k: v for k, v in through.items() if k != "commit_deadline_s"}
-    facts = {"error": None, "is_committed": None, "uploads": [], "is_equal": None, "is_budget_whole": True}
+    facts = {"error": None, "damage": None, "is_equal": None, "is_old": False}
     url, workload, seed = case["url"], case["workload"], case["seed"]
     error = None
     try:
         if case["do"] == "save":
-            save(case, through, mesh, seed, overwrite=case.get("overwrite", False))
+            save(case, through, mesh, seed, overwrite=case["overwrite"])
         else:
             facts["is_equal"] = is_equal(load(url, workload, readers, mesh), workload, seed)
     except (Exception, CheckpointException) as e:
@@ -118,18 +127,30 @@ def run(case, mesh):
     del error
     if case["do"] == "save":
         dist.barrier()
-        facts["is_committed"], facts["uploads"] = found_at(url, direct)
-        if facts["is_committed"]:
-            state = load(url, workload, direct, mesh)
-            facts["is_equal"] = is_equal(state, workload, seed)
-            facts["is_old"] = case.get("overwrite", False) and is_equal(state, workload, seed - 1)
+        facts |= found_after(case) if rank == 0 else {}
         dist.barrier()
-    return facts | kept()
+    return facts | (kept() if case.get("measures") else {})
+
+
+def found_after(case):
+    """What a save left, by this rank's own look at the server."""
+    url, workload, seed, direct = case["url"], case["workload"], case["seed"], case["s3"]
+    is_committed, uploads = found_at(url, direct)
+    facts = {"is_committed": is_committed, "uploads": uploads}
+    if is_committed:
+        try:
+            state = load(url, workload, direct)
+        except CheckpointException as e:
+            return facts | {"damage": told(e)}
+        facts["is_equal"] = is_equal(state, workload, seed)
+        facts["is_old"] = case["overwrite"] and is_equal(state, workload, seed - 1)
+    return facts
 
 
 def kept():
-    """What this process holds: open sockets, and bytes of memory."""
+    """What this process holds: open sockets, and bytes of memory, without what its allocator keeps for later."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     open_files = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
     sockets = [file for file in open_files if os.path.lexists(file) and os.readlink(file).startswith("socket:")]
     with open("/proc/self/statm") as f:

@@ -232,9 +232,8 @@ def test_the_shards_are_looked_at_within_the_deadline_too(proxy, root, s3, clien
 
 def test_a_shard_that_vanishes_before_the_commit_fails_the_save(proxy, root, s3, client):
     def vanish():
-        for found in client.list_objects_v2(Bucket=BUCKET)["Contents"]:
-            if root.removeprefix(f"s3://{BUCKET}/") in found["Key"]:
-                client.delete_object(Bucket=BUCKET, Key=found["Key"])
+        for found in client.list_objects_v2(Bucket=BUCKET, Prefix=root.removeprefix(f"s3://{BUCKET}/"))["Contents"]:
+            client.delete_object(Bucket=BUCKET, Key=found["Key"])
 
     proxy.when(lambda r: r.operation == "ListObjects", faults.call(vanish, is_carried_out=False))
     with pytest.raises(CheckpointException, match=r"not committed: .* was uploaded and is gone"):
