@@ -101,8 +101,8 @@ TRANSIENT = (
     faults.answer(500, "InternalError", is_carried_out=True),
     faults.answer(400, "RequestTimeout"),
 )
-OF_REPLIES = (faults.reset_reply(), faults.truncate(), faults.stall_reply(), faults.throttle(20e6))
-OF_BODIES = (faults.reset_request(), faults.throttle(20e6))
+OF_REPLIES = (faults.reset_reply(), faults.truncate(), faults.stall_reply(), faults.throttle(100e6))
+OF_BODIES = (faults.reset_request(), faults.throttle(100e6))
 REFUSALS = (faults.expired(), faults.answer(403, "AccessDenied"))
 
 

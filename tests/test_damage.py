@@ -277,7 +277,8 @@ def of_the_manifest(saved, rng):
 class Table:
     """Counts injections, and what each detector found of them."""
 
-    def __init__(self):
+    def __init__(self, server):
+        self.server = server
         self.injected: Counter[tuple[str, str]] = Counter()
         self.found: Counter[tuple[str, str, str]] = Counter()
         self.unread: set[tuple[str, str, str]] = set()
@@ -296,7 +297,7 @@ class Table:
 
 @pytest.fixture(scope="module")
 def table(server):
-    found = Table()
+    found = Table(server.name)
     yield found
     print(f"\n\nOn {server.name}:\n\n" + "\n".join(found.lines()))
 
@@ -312,7 +313,8 @@ def test_every_damage_is_found_by_all_that_read_of_it(name, root, store_options,
         }
     assert [d for d in DETECTORS if saved.detected(d, None)] == [], "sound, nothing must be found"
     missed = []
-    for injection in injections(saved, random.Random(f"{SEED} {name}")):
+    share = 1 if SCALE > 1 or table.server == "moto" else 3  # what is injected is the same on all servers
+    for injection in list(injections(saved, random.Random(f"{SEED} {name}")))[::share]:
         change = injection.change()
         assert all(data != saved.objects[key] for key, data in change.items())
         saved.damage(change)
@@ -328,4 +330,4 @@ def test_every_damage_is_found_by_all_that_read_of_it(name, root, store_options,
         saved.heal(change)
     assert [d for d in DETECTORS if saved.detected(d, None)] == [], "healed, nothing must be found"
     assert missed == []
-    assert sum(n for (of, _), n in table.injected.items() if of == name) >= 100
+    assert sum(n for (of, _), n in table.injected.items() if of == name) >= 100 // share

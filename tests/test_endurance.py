@@ -1,6 +1,6 @@
 """Many saves in a row, with a fault in each and sweeps beside them: the newest is always there, and nothing piles up.
 
-``FAULT_SAVES`` says how many; without it 200 on servers that keep what they have on disk, and 40 on others.
+``FAULT_SAVES`` says how many; without it 60 on servers that keep what they have on disk, and 30 on others.
 """
 
 import os
@@ -31,7 +31,7 @@ STEADY = 20
 @pytest.mark.timeout(3600)
 def test_the_newest_checkpoint_is_always_there_and_nothing_piles_up(server, s3, store_options, capsys):
     random, root = Random(SEED), f"s3://{BUCKET}/{token_hex(6)}"
-    saves = int(SAVES or (200 if server.durable else 40))
+    saves = int(SAVES or (60 if server.durable else 30))
     newest, failed, swept, held = None, 0, 0, []
     with Matrix(server, BUCKET, s3_of(server)) as matrix, ThreadPoolExecutor(1) as beside:
         works = tuple(work for work in WORKS if work.do == "save" and not work.overwrite and not work.fails_first)

@@ -51,8 +51,6 @@ def test_every_error_is_a_checkpoint_error_without_an_init_of_its_own(kind):
         (errors.ThrottledError, errors.StoreUnavailableError),
         (errors.NotCommittedError, errors.CheckpointNotFoundError),
         (errors.UnsupportedVersionError, errors.ManifestError),
-        (errors.RanksLostError, errors.RanksFailedError),
-        (errors.BarrierTimeoutError, TimeoutError),
     ],
     ids=lambda c: c.__name__,
 )
