@@ -127,7 +127,10 @@ def strikes_at(place: Place, server: str) -> list[tuple[Fault, str]]:
 
 
 def cases_of(work: Work, places: list[Place], server: str) -> list[Case]:
-    """Every request of the work, failed in every way."""
+    """Every request of the work, failed in every way.
+
+    But for one: LocalStack loses the bytes of the object that it has when it refuses a damaged one in its place.
+    """
     return [
         Case(
             work=work,
@@ -137,6 +140,7 @@ def cases_of(work: Work, places: list[Place], server: str) -> list[Case]:
         )
         for place in places
         for fault, expected in strikes_at(place, server)
+        if not (server == "localstack" and work.overwrite and fault.flips and place.key == "manifest.json")
     ]
 
 
@@ -377,6 +381,8 @@ class Matrix:
         for proxy in self.proxies:
             proxy.clear()
         strike = faults.call(lambda: os.kill(pid, signal.SIGKILL), is_carried_out=is_carried_out)
+        if not is_carried_out:  # what the dead had sent by then does not arrive either
+            strike = replace(strike, is_passed_on=False, reply_share=0, ending="reset")
         self.proxies[place.rank].when(nth(place), strike)
         try:
             self._pair.run(case)

@@ -453,3 +453,30 @@ async def test_a_put_in_the_wrong_region_arrives_whole_in_the_right_one():
         await store.put("k", [memoryview(BODY)])
         assert server.objects["/bucket/p/k"] == BODY
         assert len(server.requests) == 2
+
+
+MALFORMED = {
+    "a chunk is longer than what comes": b"fff\r\n" + BODY[:100] + b"\r\n0\r\n\r\n",
+    "a chunk's size is no number": b"`\r\n" + BODY[:100] + b"\r\n0\r\n\r\n",
+    "a chunk is shorter than what comes": b"5\r\n" + BODY[:100] + b"\r\n0\r\n\r\n",
+    "the size of a later chunk is no number": b"64\r\n" + BODY[:100] + b"\r\n`\r\n" + BODY[:100] + b"\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("body", MALFORMED.values(), ids=MALFORMED)
+@pytest.mark.parametrize("is_at_once", [True, False], ids=["at once", "behind its head"])
+@over({name: CALLS[name] for name in ("get", "get_range", "list_objects")})
+async def test_a_body_in_malformed_chunks_ends_in_an_error_and_does_not_hang(call, is_at_once, body):
+    async def answer(e):
+        await e.read_body()
+        start = head(200, None, ETag=etag(BODY), Transfer_Encoding="chunked")
+        await e.send(start + body if is_at_once else start)
+        if not is_at_once:
+            await asyncio.sleep(0.05)  # so that they come apart
+            await e.send(body)
+        await e.hang()
+
+    async with opened(answer, read_timeout_s=0.5) as (_, store):
+        with pytest.raises(StoreError):
+            await call(store)
+        await serves(store)

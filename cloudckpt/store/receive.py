@@ -8,16 +8,19 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from cloudckpt.store.silence import heard
+
 _LEAST_NBYTES = 128 << 10
 """Of what is still to come: less is rather copied than received by a protocol of its own."""
 
 
-async def receive(response: Any, into: Sequence[memoryview]) -> None:
+async def receive(response: Any, into: Sequence[memoryview], *, silence_s: float | None = None) -> None:
     """Receives a body whose length is that of the buffers.
 
     Args:
         response: an `aiohttp.ClientResponse`, its body not yet read, neither chunked nor compressed.
         into: filled in order.
+        silence_s: see `silence.heard`.
 
     Raises:
         ConnectionError, TimeoutError, aiohttp.ClientError: the connection was lost, or nothing came for too long; the
@@ -32,13 +35,13 @@ async def receive(response: Any, into: Sequence[memoryview]) -> None:
         await _receive_directly(connection, views)
         stream.feed_eof()  # which gives the connection back to its pool
     while views.missing:
-        chunk, _ = await stream.readchunk()
+        chunk, _ = await heard(stream.readchunk(), silence_s)
         if not chunk:
             msg = "the connection ended inside the body"
             raise ConnectionError(msg)
         views.copy(chunk)
     while not stream.at_eof():  # so that the connection goes back whole
-        await stream.readany()
+        await heard(stream.readany(), silence_s)
 
 
 def _can_be_lent(connection: Any) -> bool:

@@ -34,6 +34,7 @@ from cloudckpt.store.s3_errors import code_of, kind_of, told_of, translated
 from cloudckpt.store.s3_http import ViewsBody
 from cloudckpt.store.s3_listing import Listing
 from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.silence import heard
 
 _PIECE_NBYTES = 1 << 20
 _MAX_DELETE = 1000  # docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
@@ -91,7 +92,8 @@ class S3Store:
             reply = await self._client.get_object(**self._at(key))
             async with reply["Body"] as body:
                 told = reply.get("ContentLength") or 0
-                data = await _read(body, self._max_get_nbytes) if told <= self._max_get_nbytes else None
+                silence_s = self._options.read_timeout_s
+                data = await _read(body, self._max_get_nbytes, silence_s) if told <= self._max_get_nbytes else None
                 if data is None:
                     raise too_large_to_get(where, self._max_get_nbytes)
                 return Blob(data=data, etag=reply["ETag"])
@@ -104,7 +106,7 @@ class S3Store:
                 if reply["ResponseMetadata"]["HTTPStatusCode"] != 206 or reply.get("ContentLength") != len(at):
                     msg = f"{where} ends before byte {at.stop}, or its server does not serve ranges"
                     raise StoreError(msg)
-                await receive(body.raw_stream, into)
+                await receive(body.raw_stream, into, silence_s=self._options.read_timeout_s)
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -323,10 +325,10 @@ class S3Store:
         return {name: value for name, value in named.items() if value is not None}
 
 
-async def _read(body: Any, most: int) -> bytes | None:
+async def _read(body: Any, most: int, silence_s: float) -> bytes | None:
     """The whole body, or None if it has more bytes than that."""
     pieces, nbytes = [], 0
-    while piece := await body.read(_PIECE_NBYTES):
+    while piece := await heard(body.read(_PIECE_NBYTES), silence_s):
         pieces.append(piece)
         nbytes += len(piece)
         if nbytes > most:

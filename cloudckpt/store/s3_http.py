@@ -7,6 +7,7 @@ import asyncio
 import io
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Self
 
 from aiobotocore.httpsession import AIOHTTPSession
@@ -18,6 +19,7 @@ from botocore.exceptions import BotoCoreError, ConnectionClosedError
 from cloudckpt.errors import UsageError
 from cloudckpt.store.addresses import shown
 from cloudckpt.store.send import send
+from cloudckpt.store.silence import heard
 
 _MOST_IN_MEMORY = 64 << 20
 """A page that lists 1,000 keys of 1,024 bytes, each character of them escaped, takes less than a fifth of it."""
@@ -105,15 +107,22 @@ class UnfitReplyError(Exception):
 class _BoundedResponse(ClientResponse):
     """A reply that is read whole, as all are but an object's bytes: only up to a size, and only if it is plain."""
 
+    def __init__(self, *args: Any, silence_s: float | None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._silence_s = silence_s
+
     async def read(self) -> bytes:
         if self._body is None:
             try:
-                body = await _read_at_most(_MOST_IN_MEMORY, self.content.readany)
+                body = await _read_at_most(_MOST_IN_MEMORY, self._next)
                 self._body = _plain(body, is_success=self.status < 300)
             except BaseException:
                 self.close()
                 raise
         return await super().read()
+
+    async def _next(self) -> bytes:
+        return await heard(self.content.readany(), self._silence_s)
 
 
 async def _read_at_most(most: int, read: Callable[[], Awaitable[bytes]]) -> bytes:
@@ -176,7 +185,7 @@ class OneAttemptSession(AIOHTTPSession):  # type: ignore[misc]
         # aiohttp re-sends idempotent requests, PUT among them, when a kept-alive connection was lost: a
         # conditional PUT that had landed would then be answered 412. aiohttp's own test client uses this switch.
         session._retry_connection = False
-        session._response_class = _BoundedResponse
+        session._response_class = partial(_BoundedResponse, silence_s=self._timeout.sock_read)  # type: ignore[assignment]
         return _WithoutRedirects(session)
 
     def _build_ssl_contexts(self, proxy_url: str | None) -> tuple[ssl.SSLContext, ssl.SSLContext | None]:
