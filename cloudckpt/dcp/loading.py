@@ -5,8 +5,11 @@ Law: translates; holds what the plan's items are received into until all of it h
 
 import io
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from cloudckpt.dcp.dtypes import dtype_of
@@ -48,6 +51,7 @@ class Loading:
         self._options = options
         self._tensors: list[tuple[ReadItem, torch.Tensor]] = []
         self._strings: list[tuple[ReadItem, memoryview]] = []
+        self._values: list[tuple[ReadItem, Any]] = []
 
     def asks(self) -> Iterator[Ask]:
         """For all that is to be read."""
@@ -66,7 +70,7 @@ class Loading:
             DtypeMismatchError, ShapeMismatchError, MissingKeyError: a destination does not fit.
             TooLargeError: a byte string does not fit into memory.
         """
-        self._tensors, self._strings = [], []
+        self._tensors, self._strings, self._values = [], [], []
         found = []
         for item in self._items:
             key = self._keys[item.storage_index.fqn]
@@ -91,6 +95,8 @@ class Loading:
             self._planner.commit_tensor(item, tensor)
         for item, data in self._strings:
             self._planner.load_bytes(item, io.BytesIO(data))
+        for item, value in self._values:
+            _place(self._planner, item, value)
 
     def _tensor(self, item: ReadItem, key: str, located: Located) -> Wanted | None:
         entry = self._contents.entry(key)
@@ -124,13 +130,24 @@ class Loading:
                 read = located.read_bytes(key, entry, Region((0,), (entry.nbytes,)))
                 return Wanted(repr(key), read, MemorySink(data))
             case ValueEntry():
-                saved = io.BytesIO()
-                torch.save(entry.value, saved)
-                self._strings.append((item, saved.getbuffer()))
+                self._values.append((item, entry.value))
                 return None
             case _:
                 msg = f"{key!r} is a tensor in this checkpoint, and the state dict has none to load it into"
                 raise ShapeMismatchError(msg)
+
+
+def _place(planner: LoadPlanner, item: ReadItem, value: Any) -> None:
+    """Puts a plain value where torch's planner would put one that it unpickled; other planners are given bytes."""
+    if not isinstance(planner, DefaultLoadPlanner) or type(planner).load_bytes is not DefaultLoadPlanner.load_bytes:
+        saved = io.BytesIO()
+        torch.save(value, saved)
+        saved.seek(0)
+        planner.load_bytes(item, saved)
+    elif planner.flatten_state_dict:
+        set_element(planner.original_state_dict, planner.mappings[item.dest_index.fqn], value)
+    else:
+        planner.state_dict[item.dest_index.fqn] = value
 
 
 def _region(item: ReadItem) -> Region:

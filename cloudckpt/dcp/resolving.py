@@ -3,15 +3,19 @@
 Law: refuses what cannot be stored, and what is not what was planned, before a byte of it is written.
 """
 
+from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from cloudckpt import layout
 from cloudckpt.dcp.dtypes import name_of
 from cloudckpt.dcp.results import WrittenItem
 from cloudckpt.dcp.tensors import TensorSource, storable
+from cloudckpt.dcp.values import choose
 from cloudckpt.dtypes import DTYPES, RAW
 from cloudckpt.engine.framing import Item
 from cloudckpt.engine.sources import BytesSource, Source
@@ -30,6 +34,23 @@ def refuse_unstorable(item: WriteItem) -> None:
     if name_of(data.properties.dtype) is None:
         msg = f"{item.index.fqn!r} has dtype {data.properties.dtype}, which cannot be stored; convert it first"
         raise UnstorableError(msg)
+
+
+def take_values(plan: SavePlan, planner: SavePlanner, room: int) -> tuple[SavePlan, dict[str, Any]]:
+    """The plan without the values that the manifest can keep, and these values by key.
+
+    Nothing is taken where a planner spells values in its own way.
+    """
+    kind: Any = type(planner)
+    if (
+        not isinstance(planner, DefaultSavePlanner)
+        or kind.transform_object is not DefaultSavePlanner.transform_object
+        or kind.resolve_data is not DefaultSavePlanner.resolve_data
+    ):
+        return plan, {}
+    found = ((i.index.fqn, planner.lookup_object(i.index)) for i in plan.items if i.type == WriteItemType.BYTE_IO)
+    values = choose(found, room=room)
+    return replace(plan, items=[item for item in plan.items if item.index.fqn not in values]), values
 
 
 def resolve(plan: SavePlan, planner: SavePlanner) -> tuple[list[WrittenItem], list[Item], list[Source]]:

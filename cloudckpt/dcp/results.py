@@ -4,6 +4,8 @@ Law: pure. DCP's own objects are slow in great numbers (a million pickled WriteR
 travel as msgspec bytes.
 """
 
+from typing import Any
+
 import msgspec
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
@@ -12,7 +14,7 @@ from cloudckpt.dcp.dtypes import name_of
 from cloudckpt.engine.framing import AnyPlan
 from cloudckpt.engine.upload import Written
 from cloudckpt.errors import SaveFailedError, UsageError
-from cloudckpt.manifest import BytesEntry, Chunk, Entry, PlannerPath, Shard, TensorEntry
+from cloudckpt.manifest import BytesEntry, Chunk, Entry, PlannerPath, Shard, TensorEntry, ValueEntry
 
 
 class WrittenItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -25,7 +27,7 @@ class WrittenItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     nbytes: int
 
 
-class _Packed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+class _Packed(msgspec.Struct, frozen=True, array_like=True, tag="shard", gc=False):
     shard: Shard
     items: tuple[WrittenItem, ...]
     starts: tuple[int, ...]
@@ -33,8 +35,12 @@ class _Packed(msgspec.Struct, frozen=True, array_like=True, gc=False):
     etag: str
 
 
+class _Values(msgspec.Struct, frozen=True, array_like=True, tag="values"):
+    values: dict[str, Any]
+
+
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Packed)
+_decoder: msgspec.msgpack.Decoder[_Packed | _Values] = msgspec.msgpack.Decoder(_Packed | _Values)
 
 
 def pack(plan: AnyPlan, written: Written, items: list[WrittenItem]) -> WriteResult:
@@ -42,6 +48,13 @@ def pack(plan: AnyPlan, written: Written, items: list[WrittenItem]) -> WriteResu
     mine = tuple(items[i] for i in plan.items)
     packed = _encoder.encode(_Packed(written.shard, mine, written.starts, plan.frames, written.etag))
     return WriteResult(index=MetadataIndex(plan.key), size_in_bytes=written.shard.size, storage_data=packed)
+
+
+def pack_values(values: dict[str, Any]) -> list[WriteResult]:
+    """What a rank wants kept in the manifest itself, as one result, or none where that is nothing."""
+    packed = _encoder.encode(_Values(values))
+    index = MetadataIndex("")
+    return [WriteResult(index=index, size_in_bytes=len(packed), storage_data=packed)] if values else []
 
 
 def assemble(
@@ -58,6 +71,9 @@ def assemble(
     entries: dict[str, Entry] = {}
     for result in (r for of_rank in results for r in of_rank):
         packed = _decoder.decode(result.storage_data)
+        if isinstance(packed, _Values):
+            entries.update((key, ValueEntry(value)) for key, value in packed.values.items())
+            continue
         for item, start, stop, frame in zip(
             packed.items, packed.starts, packed.starts[1:], packed.frames, strict=False
         ):

@@ -22,8 +22,9 @@ from torch.futures import Future
 
 from cloudckpt import layout, manifest
 from cloudckpt.dcp.border import border
-from cloudckpt.dcp.resolving import refuse_unstorable, resolve
-from cloudckpt.dcp.results import assemble, pack, planner_paths
+from cloudckpt.dcp.resolving import refuse_unstorable, resolve, take_values
+from cloudckpt.dcp.results import assemble, pack, pack_values, planner_paths
+from cloudckpt.dcp.values import room_of_rank
 from cloudckpt.engine import commit
 from cloudckpt.engine.commit import Uploaded
 from cloudckpt.engine.deadline import Deadline
@@ -69,6 +70,7 @@ class ObjectStoreWriter(StorageWriter):
         *,
         metadata: dict[str, Any] | None = None,
         step: int | None = None,
+        inline_values: bool = False,
         options: WriteOptions | None = None,
         store: StoreOptions | None = None,
         **overrides: Any,
@@ -79,6 +81,8 @@ class ObjectStoreWriter(StorageWriter):
             url: of the checkpoint, or None where each save gives ``checkpoint_id``.
             metadata: kept in the manifest: a dict that JSON can spell.
             step: the training step, kept in the manifest.
+            inline_values: keep plain values of the state dict (see `dcp.values`) in the manifest, as JSON, instead
+                of as pickled bytes in a shard. They are lost if the manifest is.
             options: how to write.
             store: how to reach the store.
             **overrides: any field of `WriteOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
@@ -92,6 +96,7 @@ class ObjectStoreWriter(StorageWriter):
         self._rules = Rules(self._options.extensions)
         self._metadata = _checked(metadata or {})
         self._step = step
+        self._inlines_values = inline_values
         self._attempts: dict[int, _Attempt] = {}  # by thread: a save runs in one, several may be under way
 
     @property
@@ -160,6 +165,8 @@ class ObjectStoreWriter(StorageWriter):
         """Uploads this rank's items; returns when they are up."""
         with border(SaveFailedError, "the save"):
             rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+            plan, values = take_values(plan, planner, room_of_rank(ranks) if self._inlines_values else 0)
             written, items, sources = resolve(plan, planner)
             plans = self._plan(items, [w.key for w in written], rank)
             attempt = self._attempt()
@@ -170,6 +177,7 @@ class ObjectStoreWriter(StorageWriter):
 
             shards = attempt.session.run(upload)
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
+            results += pack_values(values)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
