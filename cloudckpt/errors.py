@@ -120,8 +120,27 @@ class DeadlineError(CheckpointError, TimeoutError):
     """A save took longer than its ``deadline_s``. It was broken off, and nothing was committed."""
 
 
+class SaveCancelledError(CheckpointError):
+    """A save was told to stop before its commit. Nothing was committed."""
+
+
 class LoadFailedError(CheckpointError):
     """A load failed for a reason that is not ours; what it was loading into is undefined now."""
+
+
+# What the ranks told each other.
+
+
+class RanksFailedError(CheckpointError):
+    """Some ranks failed at what all did together, not all for one reason of ours; the message names each and why."""
+
+
+class RanksLostError(RanksFailedError):
+    """Ranks cannot be reached: killed, or hung for longer than the group's timeout. The group is of no more use."""
+
+
+class BarrierTimeoutError(CheckpointError, TimeoutError):
+    """Some ranks did not come to a barrier in time; the message names them. It was passed by no rank."""
 
 
 # What the store answered.

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt import errors
-from cloudckpt.dcp.barriers import GroupBarrier
-from cloudckpt.dcp.collectives import Collectives
-from cloudckpt.dcp.rank_info import RankInfo
+from cloudckpt.dcp.ranks.barriers import GroupBarrier
+from cloudckpt.dcp.ranks.collectives import Collectives
+from cloudckpt.dcp.ranks.info import RankInfo
 
 HOST = socket.gethostname()
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cloudckpt.dcp import ObjectStoreReader, per_rank
-from cloudckpt.dcp.rng import RngStates
-from cloudckpt.dcp.stateful import Destination
+from cloudckpt.dcp.state.rng import RngStates
+from cloudckpt.dcp.state.stateful import Destination
 from states import Net, adamw, load, metadata_at, save, train
 
 

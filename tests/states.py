@@ -5,7 +5,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
-from cloudckpt.dcp.stateful import Destination, to_save
+from cloudckpt.dcp.state.stateful import Destination, to_save
 
 TENSOR = torch.arange(3.0)
 

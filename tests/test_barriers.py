@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from cloudckpt.dcp.barriers import Barrier, GroupBarrier, StoreBarrier, TcpBarrier
+from cloudckpt.dcp.ranks.barriers import Barrier, GroupBarrier, StoreBarrier, TcpBarrier
 from cloudckpt.errors import BarrierTimeoutError, RanksLostError, UsageError
 
 HOST = socket.gethostname()

@@ -14,9 +14,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import collective_ranks
 from cloudckpt import errors
-from cloudckpt.dcp.collectives import Collectives
-from cloudckpt.dcp.rank_failures import Failure, error_of
-from cloudckpt.dcp.rank_info import RankInfo
+from cloudckpt.dcp.ranks.collectives import Collectives
+from cloudckpt.dcp.ranks.failures import Failure, error_of
+from cloudckpt.dcp.ranks.info import RankInfo
 
 ALIVE = [
     "every_form_shares_what_ranks_return",

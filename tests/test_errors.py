@@ -39,6 +39,8 @@ def test_every_error_is_a_checkpoint_error_without_an_init_of_its_own(kind):
         (errors.UsageError, ValueError),
         (errors.TooLargeError, MemoryError),
         (errors.DeadlineError, TimeoutError),
+        (errors.RanksLostError, errors.RanksFailedError),
+        (errors.BarrierTimeoutError, TimeoutError),
         (errors.UnsupportedUrlError, ValueError),
         (errors.UnstorableError, TypeError),
         (errors.MissingKeyError, KeyError),

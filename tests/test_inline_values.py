@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 import cloudckpt
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
-from cloudckpt.dcp.values import MAX_VALUE_NBYTES
+from cloudckpt.dcp.state.values import MAX_VALUE_NBYTES
 from cloudckpt.engine import loop
 from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.extensions import AesGcm

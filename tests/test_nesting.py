@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 
-from cloudckpt.dcp.nesting import KEYS, fold, unfold
+from cloudckpt.dcp.state.nesting import KEYS, fold, unfold
 from cloudckpt.errors import ReservedNameError, UnstorableError
 from states import TENSOR, Feed, equal, load, save
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from cloudckpt.dcp import ObjectStoreWriter, per_rank
-from cloudckpt.dcp.rng import RngStates, load_rng_states, rng_states
-from cloudckpt.dcp.stateful import to_save
+from cloudckpt.dcp.state.rng import RngStates, load_rng_states, rng_states
+from cloudckpt.dcp.state.stateful import to_save
 from cloudckpt.errors import LoadFailedError, MissingKeyError, ReservedNameError, UsageError
 from states import TENSOR, Feed, equal, load, metadata_at, save
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from cloudckpt.dcp.collectives import Collectives
 from cloudckpt.dcp.preemption import PreemptionWatch
+from cloudckpt.dcp.ranks.collectives import Collectives
 from cloudckpt.errors import UsageError
 
 ASK = signal.SIGUSR1
@@ -209,7 +209,7 @@ def test_one_process_alone_agrees_with_itself():
 ONE_OF_TWO = """
 import os, signal, sys
 import torch.distributed as dist
-from cloudckpt.dcp.collectives import Collectives
+from cloudckpt.dcp.ranks.collectives import Collectives
 from cloudckpt.dcp.preemption import PreemptionWatch
 
 rank, path = int(sys.argv[1]), sys.argv[2]

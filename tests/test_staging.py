@@ -24,8 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from cloudckpt.dcp.dtypes import dtype_of
-from cloudckpt.dcp.staging import Stager
-from cloudckpt.dcp.staging_move import Mover
+from cloudckpt.dcp.staging.move import Mover
+from cloudckpt.dcp.staging.stager import Stager
 from cloudckpt.dtypes import DTYPES
 from cloudckpt.errors import UnstorableError, UsageError
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
-from cloudckpt.dcp.stateful import Destination, to_save
+from cloudckpt.dcp.state.stateful import Destination, to_save
 from cloudckpt.errors import CheckpointError, LoadFailedError, MissingKeyError, SaveFailedError, UnstorableError
 from states import TENSOR, Feed, Net, adamw, equal, load, metadata_at, save, train
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.dcp.nesting import fold
-from cloudckpt.dcp.values import (
+from cloudckpt.dcp.state.nesting import fold
+from cloudckpt.dcp.state.values import (
     MAX_DEPTH,
     MAX_VALUE_NBYTES,
     MAX_VALUES_NBYTES,

@@ -4,22 +4,61 @@ Law: every step is a collective, so that a failure of one rank is a failure of a
 What was planned once is not planned again for the same structure.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import STATE_DICT_TYPE, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from cloudckpt.dcp.collectives import Collectives
+from cloudckpt.dcp.border import border
+from cloudckpt.dcp.hooks import CommitInfo
+from cloudckpt.dcp.ranks import Collectives
 from cloudckpt.dcp.reader import ObjectStoreReader
+from cloudckpt.dcp.state.per_rank import attach, look
+from cloudckpt.dcp.state.stateful import Destination
 from cloudckpt.dcp.writer import ObjectStoreWriter
-from cloudckpt.errors import ShapeMismatchError
+from cloudckpt.engine.cancellation import Cancellation
+from cloudckpt.errors import (
+    CheckpointError,
+    IntegrityError,
+    LoadFailedError,
+    ManifestError,
+    MissingKeyError,
+    ObjectNotFoundError,
+    RanksLostError,
+    SaveFailedError,
+    ShapeMismatchError,
+    UnsupportedVersionError,
+)
 
+T = TypeVar("T")
 _MOST_NAMED = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """A save that committed; the same on all ranks but for ``upload_s``.
+
+    Attributes:
+        info: of the checkpoint.
+        hook_failures: of hooks after the commit, in words.
+        is_replanned: whether its structure was planned, and not that of the save before.
+        coordination_s: seconds from beginning to end on this rank, without those of the slowest upload.
+        upload_s: seconds that this rank uploaded.
+    """
+
+    info: CommitInfo
+    hook_failures: tuple[str, ...]
+    is_replanned: bool
+    coordination_s: float
+    upload_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,97 +81,205 @@ class SaveDriver:
 
     From the second save of a structure on (keys, types, shapes, dtypes, placements, on every rank), plans are neither
     made nor sent.
-
-    Attributes:
-        plans_made: how often a structure was planned.
     """
 
     def __init__(self, collectives: Collectives) -> None:
         """Speaks to the other ranks over ``collectives``, and to no one else."""
         self._collectives = collectives
         self._planned: _Planned | None = None
-        self.plans_made = 0
 
     def save(
         self,
-        state_dict: STATE_DICT_TYPE,
+        state: Callable[[], dict[str, Any]],
         writer: ObjectStoreWriter,
+        cancellation: Cancellation,
         new_planner: Callable[[], DefaultSavePlanner] = DefaultSavePlanner,
-    ) -> None:
+    ) -> Done:
         """Saves, and returns when the checkpoint is committed.
 
+        What ranks uploaded for a save that fails before its commit is deleted, on the ranks that are still there.
+
         Args:
-            state_dict: of this rank.
+            state: gives the state dict of this rank, for DCP; what it raises fails the save on all ranks.
             writer: with its URL.
+            cancellation: stops it until the commit is tried.
             new_planner: makes the planner of one save; the same class each time.
 
         Raises:
             ShapeMismatchError: two ranks hold one key with different shapes or dtypes; nothing was written.
-            CheckpointError: whatever failed, on whichever rank; see `Collectives`. Nothing was committed.
+            CheckpointError: whatever failed, on whichever rank; see `Collectives`. Nothing was committed, but for a
+                CommitUnknownError.
         """
-        ranks, planner = self._collectives, new_planner()
+        began, ranks, planner = time.monotonic(), self._collectives, new_planner()
 
         def set_up() -> bool:
-            planner.set_up_planner(state_dict, writer.storage_meta(), ranks.is_coordinator)
-            writer.set_up_storage_writer(ranks.is_coordinator)
-            return self._planned is not None and self._planned.structure == _structure(planner)
+            with border(SaveFailedError, "setting up the save"):
+                planner.set_up_planner(state(), writer.storage_meta(), ranks.is_coordinator)
+                writer.set_up_storage_writer(ranks.is_coordinator, cancellation=cancellation)
+                return self._planned is not None and self._planned.structure == _structure(planner)
 
-        if not ranks.all_reduce("setting up the save", set_up, all):
+        is_known = ranks.all_reduce("setting up the save", set_up, all)
+        if not is_known:
             self._plan(planner, writer)
         planned = self._planned
         assert planned is not None  # noqa: S101 - planned before, or just now
-        planner.finish_plan(planned.plan)
+        upload_s, slowest_s = self._upload(planned, planner, writer)
 
-        def write() -> list[Any]:
-            results: list[Any] = writer.write_data(planned.plan, planner).wait()
-            return results
+        def commit() -> tuple[CommitInfo, tuple[str, ...]]:
+            committed = writer.commit()
+            return committed.info, tuple(map(str, committed.hook_failures))
 
-        def finish(results: list[list[Any]]) -> None:
+        info, failures = ranks.broadcast("the commit", commit)
+        return Done(
+            info=info,
+            hook_failures=failures,
+            is_replanned=not is_known,
+            coordination_s=time.monotonic() - began - slowest_s,
+            upload_s=upload_s,
+        )
+
+    def _upload(
+        self, planned: _Planned, planner: DefaultSavePlanner, writer: ObjectStoreWriter
+    ) -> tuple[float, float]:
+        """Uploads, and prepares the commit: when this returns nothing but the manifest is missing.
+
+        Returns:
+            Seconds that it took, on this rank and on the slowest.
+        """
+        took: list[float] = []
+
+        def write() -> tuple[float, list[WriteResult]]:
+            began = time.monotonic()
+            planner.finish_plan(planned.plan)
+            results = writer.write_data(planned.plan, planner).wait()
+            took.append(time.monotonic() - began)
+            return took[0], results
+
+        def prepare(found: list[tuple[float, list[WriteResult]]]) -> float:
             assert planned.metadata is not None  # noqa: S101 - only the coordinator reduces
-            writer.finish(planned.metadata, results)
+            writer.prepare_commit(planned.metadata, [results for _, results in found])
+            return max(seconds for seconds, _ in found)
 
-        ranks.all_reduce("the save", write, finish)
+        try:
+            slowest = self._collectives.all_reduce("the upload", write, prepare)
+        except RanksLostError:
+            raise  # the coordinator may be alive, and commit
+        except CheckpointError:
+            writer.discard()
+            raise
+        return took[0], slowest
 
     def _plan(self, planner: DefaultSavePlanner, writer: ObjectStoreWriter) -> None:
         made: list[Metadata] = []
 
         def of_rank() -> SavePlan:
-            return writer.prepare_local_plan(planner.create_local_plan())
+            with border(SaveFailedError, "planning the save"):
+                return writer.prepare_local_plan(planner.create_local_plan())
 
         def of_all(plans: list[SavePlan]) -> list[SavePlan]:
-            _refuse_differences(plans)
-            plans, metadata = planner.create_global_plan(plans)
-            made.append(metadata)
-            return writer.prepare_global_plan(plans)
+            with border(SaveFailedError, "planning the save"):
+                _refuse_differences(plans)
+                plans, metadata = planner.create_global_plan(plans)
+                made.append(metadata)
+                return writer.prepare_global_plan(plans)
 
         self._planned = None
         plan = self._collectives.reduce_scatter("planning the save", of_rank, of_all)
         self._planned = _Planned(_structure(planner), plan, made[0] if made else None)
-        self.plans_made += 1
 
 
-def load(state_dict: STATE_DICT_TYPE, reader: ObjectStoreReader, collectives: Collectives) -> None:
+def load(
+    state_dict: MutableMapping[str, Any],
+    reader: ObjectStoreReader,
+    collectives: Collectives,
+    *,
+    per_rank: MutableMapping[str, Any] | None = None,
+    missing: Literal["error", "none"] = "error",
+    options: StateDictOptions | None = None,
+) -> tuple[int, ...]:
     """Loads in place, on all ranks; one of them reads the manifest.
+
+    Objects are given their states when all ranks have read all of theirs.
 
     Args:
         state_dict: of this rank; ranks may ask for different keys.
         reader: with its URL.
         collectives: of the ranks that load.
+        per_rank: what this rank holds for itself; see `state.per_rank`.
+        missing: what a rank is to get for which nothing was saved: an error, or nothing.
+        options: as at the save.
+
+    Returns:
+        Ranks that saved something for themselves which no rank of this job loads.
 
     Raises:
-        CheckpointError: whatever failed, on whichever rank; what was being loaded into is undefined on all.
+        IntegrityError: the checkpoint is damaged, or some of it is gone. As after the others, what was being loaded
+            into is undefined on all ranks.
+        CheckpointError: whatever failed, on whichever rank.
     """
+    data = collectives.broadcast("reading the manifest", _damage_told(reader.fetch_manifest))
     planner = DefaultLoadPlanner()
-    data = collectives.broadcast("reading the manifest", reader.fetch_manifest)
 
-    def of_rank() -> None:
+    def look_at_it() -> tuple[Metadata, bool, tuple[int, ...]]:
         metadata = reader.read_metadata_from(data)
+        if per_rank is None:
+            return metadata, False, ()
+        share = look(metadata, rank=collectives.rank, world_size=collectives.world_size, missing=missing)
+        return metadata, share.is_there, share.left_out
+
+    def read(metadata: Metadata, held: MutableMapping[str, Any] | None) -> Destination:
+        destination = Destination(attach(state_dict, held, collectives.rank), metadata, options=options)
         reader.set_up_storage_reader(metadata, collectives.is_coordinator)
-        planner.set_up_planner(state_dict, metadata, collectives.is_coordinator)
+        planner.set_up_planner(destination.state_dict, metadata, collectives.is_coordinator)
+        _refuse_missing(planner, metadata)
         plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
         reader.read_data(plan, planner).wait()
+        return destination
 
-    collectives.all_gather("the load", of_rank)
+    metadata, is_there, left_out = _on_all(collectives, "looking at the manifest", look_at_it)
+    held = per_rank if is_there else None
+    destination = _on_all(collectives, "the load", lambda: read(metadata, held))
+    _on_all(collectives, "giving objects their states", destination.finish)
+    return left_out
+
+
+def _on_all(collectives: Collectives, name: str, fn: Callable[[], T]) -> T:
+    """Runs it on all ranks, and returns what it returned on this one, if all succeeded."""
+    found: list[T] = []
+    told = _damage_told(fn)
+
+    def run() -> None:
+        with border(LoadFailedError, name):
+            found.append(told())
+
+    collectives.all_gather(name, run)
+    return found[0]
+
+
+def _damage_told(fn: Callable[[], T]) -> Callable[[], T]:
+    """Has all ranks raise one class for a damaged checkpoint, in whichever way each ran into it."""
+
+    def run() -> T:
+        try:
+            return fn()
+        except UnsupportedVersionError:
+            raise
+        except (ManifestError, ObjectNotFoundError) as e:
+            msg = f"the checkpoint is damaged: {e}"
+            raise IntegrityError(msg) from e
+
+    return run
+
+
+def _refuse_missing(planner: DefaultLoadPlanner, metadata: Metadata) -> None:
+    lacking = [key for key in planner.state_dict if key not in metadata.state_dict_metadata]
+    if lacking:
+        more = f" and {len(lacking) - _MOST_NAMED} more" if len(lacking) > _MOST_NAMED else ""
+        msg = (
+            f"the checkpoint has no {', '.join(map(repr, lacking[:_MOST_NAMED]))}{more}; leave out of the state dict "
+            "what was not saved"
+        )
+        raise MissingKeyError(msg)
 
 
 def _structure(planner: DefaultSavePlanner) -> tuple[object, ...]:
@@ -180,4 +327,4 @@ def _refuse_differences(plans: list[SavePlan]) -> None:
 
 
 def _told(what: object) -> str:
-    return what if isinstance(what, str) else " ".join(map(str, what))  # type: ignore[call-overload,no-any-return]
+    return what if isinstance(what, str) else " ".join(map(str, what))  # type: ignore[call-overload]

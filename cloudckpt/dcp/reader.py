@@ -38,6 +38,7 @@ from cloudckpt.errors import (
     CheckpointNotFoundError,
     IntegrityError,
     LoadFailedError,
+    NotCommittedError,
     StoreError,
     UsageError,
 )
@@ -131,10 +132,7 @@ class ObjectStoreReader(StorageReader):
         self._failure = None
         try:
             with border(LoadFailedError, "reading the manifest"):
-                self._access = self._open()
-                contents = self._access.contents
-                self._keys = select(contents.entries, rename=self._rename).keys
-                return _metadata_of(contents, self._keys, str(self._url))
+                return self._read_metadata()
         except CheckpointError as e:
             self._close()
             self._failure = e
@@ -198,32 +196,56 @@ class ObjectStoreReader(StorageReader):
             raise
         loading.commit()
 
-    def _open(self) -> Access:
-        if self._url is None:
-            msg = "no URL to load from; give one to ObjectStoreReader(...) or as checkpoint_id="
-            raise UsageError(msg)
-        url = self._url
+    def fetch_manifest(self) -> bytes | None:
+        """The manifest, for one rank to give to all: each hands it to `read_metadata_from`.
+
+        Returns:
+            None where there is none of cloudckpt's; it may be a checkpoint of others, which each rank looks for.
+
+        Raises:
+            NotCommittedError, ManifestError, StoreError: see `engine.commit.read_manifest_blob`.
+        """
+        with border(LoadFailedError, "reading the manifest"), Session(self._checked_url(), self._store) as session:
+            try:
+                return bytes(session.run(read_manifest_blob).data)
+            except NotCommittedError:
+                raise
+            except CheckpointNotFoundError:
+                return None
+
+    def read_metadata_from(self, data: bytes | None) -> Metadata:
+        """As `read_metadata`, from what `fetch_manifest` returned on whichever rank; raises what it runs into."""
+        self._close()
+        with border(LoadFailedError, "reading the manifest"):
+            url = self._checked_url()
+            if data is None:
+                return self._opened(*find(url, self._options, self._store))
+            return self._opened(manifest_contents(data, url, self._options), Session(url, self._store))
+
+    def _read_metadata(self) -> Metadata:
         if self._group is None:
-            return self._access_to(*find(url, self._options, self._store))
+            return self._opened(*find(self._checked_url(), self._options, self._store))
         found: list[bytes | CheckpointError | None] = [None]
         if dist.get_rank(self._group) == 0:
             try:
-                with border(LoadFailedError, "reading the manifest"), Session(url, self._store) as session:
-                    found = [session.run(read_manifest_blob).data]
+                found = [self.fetch_manifest()]
             except CheckpointError as e:
                 found = [e]
         dist.broadcast_object_list(found, group=self._group, group_src=0)
-        if isinstance(found[0], CheckpointNotFoundError):
-            return self._access_to(*find(url, self._options, self._store))  # it may be one of others
         if isinstance(found[0], CheckpointError):
             raise found[0]
-        if found[0] is None:
-            msg = "the first rank of the process group sent no manifest"
-            raise LoadFailedError(msg)
-        return self._access_to(manifest_contents(found[0], url, self._options), Session(url, self._store))
+        return self.read_metadata_from(found[0])
 
-    def _access_to(self, contents: Contents, session: Session) -> Access:
-        return Access(contents, session, self._options, self.stats)
+    def _opened(self, contents: Contents, session: Session) -> Metadata:
+        self._access = Access(contents, session, self._options, self.stats)
+        self._keys = select(contents.entries, rename=self._rename).keys
+        return _metadata_of(contents, self._keys, str(self._url))
+
+    def _checked_url(self) -> str:
+        if self._url is None:
+            msg = "no URL to load from; give one to ObjectStoreReader(...) or as checkpoint_id="
+            raise UsageError(msg)
+        return self._url
 
 
 def _metadata_of(contents: Contents, keys: Mapping[str, str], url: str) -> Metadata:

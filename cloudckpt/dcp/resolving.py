@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from cloudckpt import layout
 from cloudckpt.dcp.dtypes import name_of
 from cloudckpt.dcp.results import WrittenItem
+from cloudckpt.dcp.state.values import choose
 from cloudckpt.dcp.tensors import TensorSource, storable
-from cloudckpt.dcp.values import choose
 from cloudckpt.dtypes import DTYPES, RAW
 from cloudckpt.engine.framing import Item
 from cloudckpt.engine.sources import BytesSource, Source

@@ -5,7 +5,8 @@ Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's pl
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from secrets import token_hex
@@ -22,18 +23,20 @@ from torch.futures import Future
 
 from cloudckpt import layout, manifest
 from cloudckpt.dcp.border import border
+from cloudckpt.dcp.hooks import CommitInfo, HookFailure, WriterHook, check_hooks, run_post_commit, run_pre_commit
 from cloudckpt.dcp.resolving import refuse_unstorable, resolve, take_values
 from cloudckpt.dcp.results import assemble, pack, pack_values, planner_paths
-from cloudckpt.dcp.values import room_of_rank
+from cloudckpt.dcp.state.values import room_of_rank
+from cloudckpt.dcp.uploading import HereUploader, Uploader, UploadJob
 from cloudckpt.engine import commit
+from cloudckpt.engine.cancellation import Cancellation
 from cloudckpt.engine.commit import Uploaded
 from cloudckpt.engine.deadline import Deadline
 from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
 from cloudckpt.engine.sealing import seal
 from cloudckpt.engine.session import Session
-from cloudckpt.engine.upload import Written
-from cloudckpt.engine.write import ShardWriter, WriteOptions
-from cloudckpt.errors import SaveFailedError, UsageError
+from cloudckpt.engine.write import WriteOptions
+from cloudckpt.errors import SaveFailedError, StoreError, UsageError
 from cloudckpt.extensions.aesgcm import DataKey
 from cloudckpt.extensions.chain import Rules
 from cloudckpt.manifest import Entry, Manifest, PlannerPath, Shard, Summary
@@ -43,14 +46,39 @@ from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """A checkpoint that exists from now on.
+
+    Attributes:
+        info: what there is.
+        hook_failures: of the hooks that failed after the commit.
+    """
+
+    info: CommitInfo
+    hook_failures: tuple[HookFailure, ...]
+
+
+@dataclass(slots=True)
 class _Attempt:
-    """One save: where it goes, whatever the writer is told meanwhile, and what it replaces there."""
+    """One save: where it goes, whatever the writer is told meanwhile, what it replaces there, and what it wrote."""
 
     session: Session
     deadline: Deadline
+    cancellation: Cancellation
     replaces: commit.Replaced | None = None
     key: DataKey | None = None
+    shard_keys: tuple[str, ...] = ()
+    prepared: "_Prepared | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """All that a commit takes."""
+
+    manifest: bytes
+    uploaded: list[Uploaded]
+    info: CommitInfo
 
 
 class ObjectStoreWriter(StorageWriter):
@@ -71,6 +99,8 @@ class ObjectStoreWriter(StorageWriter):
         metadata: dict[str, Any] | None = None,
         step: int | None = None,
         inline_values: bool = False,
+        hooks: Sequence[WriterHook] = (),
+        uploader: Uploader | None = None,
         options: WriteOptions | None = None,
         store: StoreOptions | None = None,
         **overrides: Any,
@@ -83,12 +113,15 @@ class ObjectStoreWriter(StorageWriter):
             step: the training step, kept in the manifest.
             inline_values: keep plain values of the state dict (see `dcp.values`) in the manifest, as JSON, instead
                 of as pickled bytes in a shard. They are lost if the manifest is.
+            hooks: run on the coordinator around the commit.
+            uploader: uploads this rank's shards; None to do it in this process.
             options: how to write.
             store: how to reach the store.
             **overrides: any field of `WriteOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
 
         Raises:
-            UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell.
+            UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell, a hook
+                that cannot be run.
         """
         super().__init__()
         self._options, self._store = with_overrides(options or WriteOptions(), store, overrides)
@@ -97,6 +130,8 @@ class ObjectStoreWriter(StorageWriter):
         self._metadata = _checked(metadata or {})
         self._step = step
         self._inlines_values = inline_values
+        self._hooks = check_hooks(hooks)
+        self._uploader = uploader or HereUploader()
         self._attempts: dict[int, _Attempt] = {}  # by thread: a save runs in one, several may be under way
 
     @property
@@ -125,6 +160,11 @@ class ObjectStoreWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: FBT001
         """Refuses what cannot work; the coordinator looks at what is there. Nothing is written.
 
+        Args:
+            is_coordinator: whether this rank commits.
+            *args: DCP's.
+            **kwargs: DCP's; and ``cancellation``, a `Cancellation` of this save.
+
         Raises:
             UsageError: no URL, or ``use_collectives=False``.
             CheckpointExistsError: a committed checkpoint is there and ``overwrite`` is off.
@@ -142,12 +182,16 @@ class ObjectStoreWriter(StorageWriter):
                     "one checkpoint for all ranks. Save with collectives"
                 )
                 raise UsageError(msg)
-            attempt = _Attempt(Session(self._url, self._store), Deadline(self._options.deadline_s))
+            attempt = _Attempt(
+                Session(self._url, self._store),
+                Deadline(self._options.deadline_s),
+                kwargs.get("cancellation") or Cancellation(),
+            )
+            attempt.cancellation.refuse()
             if is_coordinator:
-                key = self._rules.new_data_key()
                 overwrite = self._options.overwrite
-                replaced = attempt.session.run(lambda store: commit.prepare(store, overwrite=overwrite))
-                attempt = replace(attempt, replaces=replaced, key=key)
+                attempt.key = self._rules.new_data_key()
+                attempt.replaces = attempt.session.run(lambda store: commit.prepare(store, overwrite=overwrite))
             self._attempts[get_ident()] = attempt
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -170,12 +214,18 @@ class ObjectStoreWriter(StorageWriter):
             written, items, sources = resolve(plan, planner)
             plans = self._plan(items, [w.key for w in written], rank)
             attempt = self._attempt()
-
-            async def upload(store: Store) -> list[Written]:
-                async with attempt.deadline.kept():
-                    return await ShardWriter(store, self._options).write(plans, items, sources)
-
-            shards = attempt.session.run(upload)
+            attempt.shard_keys = tuple(planned.key for planned in plans)
+            shards = self._uploader.upload(
+                UploadJob(
+                    session=attempt.session,
+                    options=self._options,
+                    deadline=attempt.deadline,
+                    cancellation=attempt.cancellation,
+                    plans=plans,
+                    items=items,
+                    sources=sources,
+                )
+            )
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
             results += pack_values(values)
         future: Future[list[WriteResult]] = Future()
@@ -183,39 +233,88 @@ class ObjectStoreWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commits: puts the manifest (coordinator only).
+        """Commits: `prepare_commit`, then `commit` (coordinator only)."""
+        self.prepare_commit(metadata, results)
+        self.commit()
+
+    def prepare_commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Makes the manifest, and runs the hooks that come before the commit (coordinator only).
+
+        Args:
+            metadata: of the global plan.
+            results: of every rank's `write_data`.
+
+        Raises:
+            SaveFailedError, UsageError: what ranks wrote is not what was planned, or cannot be told without pickle.
+            SaveCancelledError: the save was cancelled.
+            CheckpointError: from a hook.
+        """
+        with border(SaveFailedError, "preparing the commit"):
+            shards, etags, entries = assemble(metadata, results)
+            made = self._manifest(shards, entries, planner_paths(metadata))
+            attempt = self._attempt()
+            attempt.prepared = _Prepared(
+                manifest.encode(made) if attempt.key is None else seal(made, attempt.key),
+                [Uploaded(s.key, s.size, etag) for s, etag in zip(shards, etags, strict=True)],
+                _info(made, attempt.session.url),
+            )
+            run_pre_commit(self._hooks, attempt.prepared.info)
+            attempt.cancellation.refuse()
+
+    def commit(self) -> Committed:
+        """Puts the manifest (coordinator only): when this returns, the checkpoint exists.
 
         Raises:
             IntegrityError: a shard is not there as it was uploaded.
             CommitConflictError, CommitUnknownError, StoreError: see `engine.commit.commit`.
         """
         with border(SaveFailedError, "the commit"):
-            shards, etags, entries = assemble(metadata, results)
-            made = self._manifest(shards, entries, planner_paths(metadata))
-            uploaded = [Uploaded(s.key, s.size, etag) for s, etag in zip(shards, etags, strict=True)]
             attempt = self._attempt()
-            data = manifest.encode(made) if attempt.key is None else seal(made, attempt.key)
+            prepared = attempt.prepared
+            if prepared is None:
+                msg = "commit without prepare_commit"
+                raise UsageError(msg)
 
             async def put(store: Store) -> None:
                 async with attempt.deadline.kept():
-                    await commit.check(store, uploaded)
+                    await commit.check(store, prepared.uploaded)
                 await commit.commit(
                     store,
-                    data,
-                    made.summary.save_id,
+                    prepared.manifest,
+                    prepared.info.save_id,
                     replaces=attempt.replaces,
-                    shard_keys=[shard.key for shard in shards],
+                    shard_keys=[shard.key for shard in prepared.uploaded],
                     deadline_s=self._options.commit_deadline_s,
                 )
 
             attempt.session.run(put)
+            info = prepared.info
             log.info(
                 "saved %s: %d bytes in %d shards, %d entries",
-                attempt.session.url,
-                made.summary.nbytes,
-                made.summary.shard_count,
-                made.summary.entry_count,
+                info.url,
+                info.nbytes,
+                info.shard_count,
+                info.entry_count,
             )
+            failures = tuple(run_post_commit(self._hooks, info))
+            for failure in failures:
+                log.warning("%s is committed; %s", info.url, failure)
+            return Committed(info=info, hook_failures=failures)
+
+    def discard(self) -> None:
+        """Deletes the shards that this rank uploaded for a save that will not be committed.
+
+        Only for a save of which every rank knows that its commit was never tried. What cannot be deleted stays, for
+        `cloudckpt sweep`.
+        """
+        attempt = self._attempts.pop(get_ident(), None)
+        if attempt is None or not attempt.shard_keys:
+            return
+        keys = attempt.shard_keys
+        try:
+            attempt.session.run(lambda store: store.delete(keys))
+        except StoreError as e:
+            log.warning("shards of a failed save to %s stay until they are swept: %s", attempt.session.url, e)
 
     def _plan(self, items: list[Item], keys: list[str], rank: int) -> list[AnyPlan]:
         """The rank's shards: for each chain of extensions its own."""
@@ -266,12 +365,31 @@ class ObjectStoreWriter(StorageWriter):
             entries=entries,
         )
 
-    def _attempt(self) -> "_Attempt":
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the saves under way: what goes to another process begins none of them."""
+        return self.__dict__ | {"_attempts": {}}
+
+    def _attempt(self) -> _Attempt:
         try:
             return self._attempts[get_ident()]
         except KeyError:
             msg = "write_data or finish without set_up_storage_writer in the same thread; use dcp.save"
             raise UsageError(msg) from None
+
+
+def _info(made: Manifest, url: str) -> CommitInfo:
+    summary = made.summary
+    return CommitInfo(
+        url=url,
+        step=summary.step,
+        metadata=made.metadata,
+        save_id=summary.save_id,
+        created=summary.created,
+        nbytes=summary.nbytes,
+        stored_nbytes=summary.stored_nbytes,
+        shard_count=summary.shard_count,
+        entry_count=summary.entry_count,
+    )
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:

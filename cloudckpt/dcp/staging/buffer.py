@@ -15,8 +15,8 @@ from torch.cuda import _pin_memory_utils as pinning
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from cloudckpt.dcp.staging_layout import Facts, Layout, tensors_over, view_of
-from cloudckpt.dcp.staging_move import Mover
+from cloudckpt.dcp.staging.layout import Facts, Layout, tensors_over, view_of
+from cloudckpt.dcp.staging.move import Mover
 from cloudckpt.ranges import strides_of
 
 

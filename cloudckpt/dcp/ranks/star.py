@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cloudckpt.dcp.group_store import store_of
-from cloudckpt.dcp.rank_info import RankInfo
+from cloudckpt.dcp.ranks.group_store import store_of
+from cloudckpt.dcp.ranks.info import RankInfo
 from cloudckpt.errors import RanksLostError, UsageError
 
 _TAG = 0x636B

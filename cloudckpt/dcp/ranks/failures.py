@@ -12,7 +12,7 @@ import msgspec
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt import errors
-from cloudckpt.dcp.rank_info import RankInfo
+from cloudckpt.dcp.ranks.info import RankInfo
 from cloudckpt.errors import CheckpointError, RanksFailedError, RanksLostError, unwrap
 
 

@@ -14,9 +14,9 @@ import msgspec
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cloudckpt.dcp.rank_failures import Failure, error_of
-from cloudckpt.dcp.rank_info import RankInfo
-from cloudckpt.dcp.star import CoordinatorLostError, Star
+from cloudckpt.dcp.ranks.failures import Failure, error_of
+from cloudckpt.dcp.ranks.info import RankInfo
+from cloudckpt.dcp.ranks.star import CoordinatorLostError, Star
 from cloudckpt.errors import RanksLostError, UsageError
 
 T = TypeVar("T")

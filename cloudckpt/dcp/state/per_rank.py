@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from cloudckpt.dcp.nesting import RESERVED
-from cloudckpt.dcp.stateful import is_object
+from cloudckpt.dcp.state.nesting import RESERVED
+from cloudckpt.dcp.state.stateful import is_object
 from cloudckpt.errors import MissingKeyError, ReservedNameError
 
 KEY = f"{RESERVED}per_rank"

@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 import torch.distributed as dist
 from torch.distributed import HashStore, Store, TCPStore  # type: ignore[attr-defined]  # in the docs, not in __all__
 
-from cloudckpt.dcp.group_store import connected, store_of
+from cloudckpt.dcp.ranks.group_store import connected, store_of
 from cloudckpt.errors import BarrierTimeoutError, RanksLostError, UsageError
 
 _FIRST_PAUSE_S = 0.0005

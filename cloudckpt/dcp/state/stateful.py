@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from cloudckpt.dcp.nesting import KEYS, fold, is_empty_box, is_flat, is_tensor, unfold
+from cloudckpt.dcp.state.nesting import KEYS, fold, is_empty_box, is_flat, is_tensor, unfold
 from cloudckpt.errors import CheckpointError, LoadFailedError, MissingKeyError, SaveFailedError, UnstorableError
 
 _Path = tuple[str | int, ...]

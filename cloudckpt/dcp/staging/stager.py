@@ -18,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from cloudckpt.dcp.dtypes import name_of
-from cloudckpt.dcp.staging_buffer import HostBuffer, over_specs, wait_for
-from cloudckpt.dcp.staging_containers import path_to, rebuilt, tensors_in
-from cloudckpt.dcp.staging_layout import Spot, tensors_over
-from cloudckpt.dcp.staging_move import Mover
+from cloudckpt.dcp.staging.buffer import HostBuffer, over_specs, wait_for
+from cloudckpt.dcp.staging.containers import path_to, rebuilt, tensors_in
+from cloudckpt.dcp.staging.layout import Spot, tensors_over
+from cloudckpt.dcp.staging.move import Mover
 from cloudckpt.errors import UnstorableError, UsageError
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

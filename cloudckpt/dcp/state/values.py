@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from cloudckpt.dcp.nesting import unbox
+from cloudckpt.dcp.state.nesting import unbox
 
 MAX_VALUE_NBYTES = 64 << 10
 """Of one value's JSON text."""

@@ -1,0 +1,4 @@
+"""What users hand over, as what is stored of it, and back.
+
+Law: translates; fetches and stores nothing.
+"""
