@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from cloudckpt.dcp import ObjectStoreReader, per_rank
+from cloudckpt.dcp import ObjectStoreReader
+from cloudckpt.dcp.state import per_rank
 from cloudckpt.dcp.state.rng import RngStates
 from cloudckpt.dcp.state.stateful import Destination
 from states import Net, adamw, load, metadata_at, save, train

@@ -5,7 +5,7 @@ Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's pl
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -98,6 +98,7 @@ class ObjectStoreWriter(StorageWriter):
         *,
         metadata: dict[str, Any] | None = None,
         step: int | None = None,
+        metrics: Mapping[str, float] | None = None,
         inline_values: bool = False,
         hooks: Sequence[WriterHook] = (),
         uploader: Uploader | None = None,
@@ -111,6 +112,7 @@ class ObjectStoreWriter(StorageWriter):
             url: of the checkpoint, or None where each save gives ``checkpoint_id``.
             metadata: kept in the manifest: a dict that JSON can spell.
             step: the training step, kept in the manifest.
+            metrics: numbers by name, kept in the manifest's summary (see `manifest.check_metrics`).
             inline_values: keep plain values of the state dict (see `dcp.values`) in the manifest, as JSON, instead
                 of as pickled bytes in a shard. They are lost if the manifest is.
             hooks: run on the coordinator around the commit.
@@ -120,8 +122,8 @@ class ObjectStoreWriter(StorageWriter):
             **overrides: any field of `WriteOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
 
         Raises:
-            UsageError: an unknown or impossible option, a URL no store serves, metadata JSON cannot spell, a hook
-                that cannot be run.
+            UsageError: an unknown or impossible option, a URL no store serves, metadata or metrics that JSON
+                cannot spell, a hook that cannot be run.
         """
         super().__init__()
         self._options, self._store = with_overrides(options or WriteOptions(), store, overrides)
@@ -129,6 +131,7 @@ class ObjectStoreWriter(StorageWriter):
         self._rules = Rules(self._options.extensions)
         self._metadata = _checked(metadata or {})
         self._step = step
+        self._metrics = manifest.check_metrics(metrics)
         self._inlines_values = inline_values
         self._hooks = check_hooks(hooks)
         self._uploader = uploader or HereUploader()
@@ -358,6 +361,7 @@ class ObjectStoreWriter(StorageWriter):
                 shard_count=len(shards),
                 entry_count=len(entries),
                 chunk_count=len(chunks),
+                metrics=self._metrics,
             ),
             metadata=self._metadata,
             planner_paths=paths,

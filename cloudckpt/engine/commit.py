@@ -128,7 +128,10 @@ async def prepare(store: Commits, *, overwrite: bool) -> Replaced | None:
     if parse_summary(blob.data, where).is_tombstone:
         return Replaced(blob.etag, ())
     if not overwrite:
-        msg = f"{store.url} holds a committed checkpoint already; pass overwrite=True to replace it"
+        msg = (
+            f"{store.url} holds a committed checkpoint already; pass overwrite=True, or a Checkpointer "
+            "on_exists='replace', to replace it"
+        )
         raise CheckpointExistsError(msg)
     old = parse(blob.data, where)
     return Replaced(blob.etag, tuple(shard.key for shard in old.shards))

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from cloudckpt.dcp.ranks.failures import Failure, error_of
 from cloudckpt.dcp.ranks.info import RankInfo
 from cloudckpt.dcp.ranks.star import CoordinatorLostError, Star
-from cloudckpt.errors import RanksLostError, UsageError
+from cloudckpt.errors import CheckpointError, RanksLostError, UsageError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -285,6 +285,8 @@ class Collectives:
 
     def _shared(self, name: str, failures: list[Failure], mine: BaseException | None) -> BaseException:
         """What to raise: the error that all ranks share, or this rank's own exception that is no Exception."""
+        if self._star is None and isinstance(mine, CheckpointError):
+            return mine  # there is nobody to tell it to
         error = error_of(name, failures)
         if isinstance(error, RanksLostError):
             self._lost = str(error)

@@ -1,0 +1,239 @@
+"""A training job's saves: agreed on by its ranks, copied, and done by the background.
+
+Law: what the ranks must do alike they do in step; what fails on one of them before the background has it is told to
+the others there.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, SupportsIndex
+
+from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+from cloudckpt.catalog import step_url
+from cloudckpt.dcp.agreement import agree, checked_step, told
+from cloudckpt.dcp.background import Background, Saved, SaveHandle
+from cloudckpt.dcp.driving import Done, SaveDriver
+from cloudckpt.dcp.hooks import WriterHook
+from cloudckpt.dcp.ranks import Collectives
+from cloudckpt.dcp.staging import Staged, Stager
+from cloudckpt.dcp.state.per_rank import attach
+from cloudckpt.dcp.state.stateful import to_save
+from cloudckpt.dcp.uploading import HereUploader, Uploader
+from cloudckpt.dcp.writer import ObjectStoreWriter
+from cloudckpt.engine.cancellation import Cancellation
+from cloudckpt.engine.write import WriteOptions
+from cloudckpt.errors import CheckpointError, CheckpointExistsError, SaveCancelledError, SaveFailedError
+from cloudckpt.store.url import StoreOptions
+
+log = logging.getLogger(__name__)
+OnExists = Literal["refuse", "replace", "skip"]
+OnBusy = Literal["wait", "skip", "queue"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveRequest:
+    """What a rank is to save; see `Checkpointer.save`."""
+
+    step: SupportsIndex
+    state_dict: Mapping[str, Any]
+    per_rank: MutableMapping[str, Any] | None
+    metrics: Mapping[str, float] | None
+    metadata: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavePolicy:
+    """How all saves of a job are done; see `Checkpointer`."""
+
+    root: str
+    hooks: Sequence[WriterHook]
+    on_exists: OnExists
+    on_busy: OnBusy
+    state_options: StateDictOptions | None
+    options: WriteOptions
+    store: StoreOptions
+
+
+class Saver:
+    """Saves for one rank.
+
+    Attributes:
+        last_saved: the last step that was committed here; the same on all ranks when none is under way.
+    """
+
+    def __init__(
+        self,
+        policy: SavePolicy,
+        front: Collectives,
+        back: Collectives,
+        *,
+        stager: Stager,
+        uploader: Uploader,
+        after_commit: Callable[[], None],
+    ) -> None:
+        """Starts no thread yet.
+
+        Args:
+            policy: how.
+            front: for the thread that trains.
+            back: for the background.
+            stager: copies state dicts for async saves: one, and one more with ``on_busy="queue"``.
+            uploader: for async saves.
+            after_commit: called on the coordinator, in the background.
+        """
+        self._policy = policy
+        self._front = front
+        self._driver = SaveDriver(back)
+        self._stager = stager
+        self._uploader = uploader
+        self._after_commit = after_commit
+        self._background = Background()
+        self.last_saved: int | None = None
+
+    def save(self, request: SaveRequest) -> Saved:
+        """See `Checkpointer.save`."""
+        self._background.wait()
+        begun = self._begin(request, HereUploader(), self._policy.options)
+        return self._submit(begun, self._state(request)).result()
+
+    def save_last(self, request: SaveRequest, deadline_s: float) -> None:
+        """Saves what no later save will, if it is not saved yet; what failed before does not stop it.
+
+        Args:
+            request: what.
+            deadline_s: see `WriteOptions`.
+        """
+        self._background.wait()
+        failure = self._background.failure()
+        if failure is not None:
+            log.warning("%s", told(failure))
+            self._background.forget_failures()
+        if self.last_saved != checked_step(request.step):
+            options = replace(self._policy.options, deadline_s=min(self._policy.options.deadline_s, deadline_s))
+            self._submit(self._begin(request, HereUploader(), options), self._state(request)).result()
+
+    def async_save(self, request: SaveRequest) -> SaveHandle:
+        """See `Checkpointer.async_save`."""
+        on_busy = self._policy.on_busy
+        if on_busy != "skip":
+            self._background.wait(most=1 if on_busy == "queue" else 0)
+        begun = self._begin(request, self._uploader, self._policy.options)
+        if begun.is_busy and on_busy == "skip":
+            return SaveHandle.of_skipped(begun.step, str(begun.writer.checkpoint_id))
+        began = time.monotonic()
+        try:
+            staged = self._stager.stage(self._state(request)())
+        except Exception as e:
+            self._submit(begun, _raising(e))
+            raise
+        begun = begun._replace(staged=staged, staging_s=time.monotonic() - began)
+        return self._submit(begun, lambda: staged.state_dict)
+
+    def wait(self) -> None:
+        """Waits until no save is under way, whatever becomes of them."""
+        self._background.wait()
+
+    def close(self, *, cancel: bool) -> CheckpointError | None:
+        """Waits for the saves that are under way, or has them stop; returns a failure that nobody was told of."""
+        if cancel:
+            self._background.cancel()
+        self._background.close()
+        failure = self._background.failure()
+        if failure is None or (cancel and isinstance(failure.error, SaveCancelledError)):
+            return None
+        return told(failure)
+
+    def _begin(
+        self,
+        request: SaveRequest,
+        uploader: Uploader,
+        options: WriteOptions,
+    ) -> "_Begun":
+        """Has the ranks agree on a save, before anything is copied."""
+        made: list[ObjectStoreWriter] = []
+
+        def make(number: int) -> None:
+            writer = ObjectStoreWriter(
+                step_url(self._policy.root, number),
+                step=number,
+                metadata=request.metadata,
+                metrics=request.metrics,
+                inline_values=True,
+                hooks=self._policy.hooks,
+                uploader=uploader,
+                options=options,
+                store=self._policy.store,
+            )
+            made.append(writer)
+
+        failure, is_busy = self._background.failure(), bool(self._background.under_way)
+        agreed = agree(self._front, request.step, make, is_busy=is_busy, failure=failure)
+        if agreed.failure is not None:
+            self._background.forget_failures()
+            raise told(failure) if failure is not None else SaveFailedError(agreed.failure)
+        return _Begun(agreed.step, made[0], agreed.is_busy)
+
+    def _submit(self, begun: "_Begun", state: Callable[[], dict[str, Any]]) -> SaveHandle:
+        """Has the background save it; there ``state`` gives the state dict, or raises."""
+        cancellation = Cancellation()
+
+        def save() -> Saved:
+            try:
+                done = self._driver.save(state, begun.writer, cancellation)
+            except CheckpointExistsError:
+                if self._policy.on_exists != "skip":
+                    raise
+                return Saved(step=begun.step, url=str(begun.writer.checkpoint_id), was_skipped=True)
+            finally:
+                if begun.staged is not None:
+                    begun.staged.release()
+            self.last_saved = begun.step
+            if self._front.is_coordinator:
+                self._after_commit()
+            return _saved(begun, done)
+
+        return self._background.submit(begun.step, cancellation, save)
+
+    def _state(self, request: SaveRequest) -> Callable[[], dict[str, Any]]:
+        """Asks the objects for their states, here and now; what that raises is kept, for all ranks to learn of it."""
+        try:
+            given = attach(dict(request.state_dict), request.per_rank, self._front.rank)
+            found = to_save(given, options=self._policy.state_options)
+        except Exception as e:
+            return _raising(e)
+        return lambda: found
+
+
+class _Begun(NamedTuple):
+    """A save that the ranks agreed on."""
+
+    step: int
+    writer: ObjectStoreWriter
+    is_busy: bool
+    staged: Staged | None = None
+    staging_s: float = 0.0
+
+
+def _raising(error: Exception) -> Callable[[], dict[str, Any]]:
+    def fail() -> dict[str, Any]:
+        raise error
+
+    return fail
+
+
+def _saved(begun: _Begun, done: Done) -> Saved:
+    return Saved(
+        step=begun.step,
+        url=done.info.url,
+        save_id=done.info.save_id,
+        nbytes=done.info.nbytes,
+        stored_nbytes=done.info.stored_nbytes,
+        is_replanned=done.is_replanned,
+        staging_s=begun.staging_s,
+        upload_s=done.upload_s,
+        coordination_s=done.coordination_s,
+        hook_failures=done.hook_failures,
+    )

@@ -1,0 +1,425 @@
+"""The Checkpointer of one process: what is saved, when, and what is told of what fails."""
+
+import threading
+from secrets import token_hex
+
+import pytest
+import torch
+
+from cloudckpt.dcp.checkpointer import Checkpointer
+from cloudckpt.dcp.hooks import WriterHook
+from cloudckpt.dcp.state.rng import RngStates
+from cloudckpt.engine import loop
+from cloudckpt.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitConflictError,
+    IntegrityError,
+    SaveFailedError,
+    ShapeMismatchError,
+    UnstorableError,
+    UsageError,
+)
+from cloudckpt.layout import MANIFEST
+from cloudckpt.store.url import open_store
+from states import Net, adamw, train
+
+
+@pytest.fixture
+def root():
+    return f"memory://{token_hex(6)}/run"
+
+
+def state(value=1.0):
+    return {"w": torch.full((4, 3), value), "step": int(value)}
+
+
+def keys_below(root):
+    async def find():
+        async with open_store(root) as store:
+            return sorted([found.key async for found in store.list_objects("")])
+
+    return loop.run(find)
+
+
+def change(root, key_part, change_bytes):
+    """Puts an object of a checkpoint again, changed; removes it if nothing is left."""
+
+    async def put():
+        async with open_store(root) as store:
+            (key,) = [found.key async for found in store.list_objects("") if key_part in found.key]
+            data = change_bytes(bytearray((await store.get(key)).data))
+            if data is None:
+                await store.delete([key])
+            else:
+                await store.put(key, [memoryview(data)])
+
+    loop.run(put)
+
+
+class Gate(WriterHook):
+    """Holds saves right before their commit until it is opened."""
+
+    def __init__(self):
+        self.arrived = threading.Semaphore(0)
+        self.opened = threading.Event()
+
+    def pre_commit(self, info):
+        self.arrived.release()
+        assert self.opened.wait(60)
+
+
+class Failing(WriterHook):
+    def pre_commit(self, info):
+        if info.step == 1:
+            raise ValueError("not this one")
+
+
+# What is saved.
+
+
+def test_a_model_and_its_optimizer_resume_to_the_same_losses(root):
+    model = Net(0)
+    optimizer = adamw(model)
+    train(model, optimizer)
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(7, {"model": model, "optimizer": optimizer, "epoch": 2})
+        expected = train(model, optimizer)
+        model, fresh = Net(1), {"epoch": 0}
+        fresh |= {"model": model, "optimizer": adamw(model)}
+        assert checkpointer.load(fresh) == 7
+    assert fresh["epoch"] == 2
+    assert train(model, fresh["optimizer"]) == expected
+
+
+def test_what_training_changes_in_place_while_a_save_is_under_way_is_not_saved(root):
+    gate, given = Gate(), {"w": torch.ones(1000), "steps": [1], "step": 1}
+    with Checkpointer(root, hooks=[gate]) as checkpointer:
+        handle = checkpointer.async_save(1, given)
+        given["w"].zero_()
+        given["steps"].append(2)
+        given["step"] = 2
+        gate.opened.set()
+        assert handle.result().step == 1
+        loaded = {"w": torch.zeros(1000), "steps": [], "step": 0}
+        checkpointer.load(loaded)
+    assert torch.equal(loaded["w"], torch.ones(1000))
+    assert (loaded["steps"], loaded["step"]) == ([1], 1)
+
+
+def test_a_rank_gets_its_random_numbers_back(root):
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(1, state(), per_rank={"rng": RngStates(), "seen": 17})
+        expected = torch.rand(5)
+        held = {"rng": RngStates(), "seen": 0}
+        checkpointer.load(state(), per_rank=held)
+    assert torch.equal(torch.rand(5), expected)
+    assert held["seen"] == 17
+
+
+def test_what_was_saved_without_something_per_rank_is_loaded_so_only_if_asked(root):
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(1, state())
+        with pytest.raises(CheckpointError, match="missing"):
+            checkpointer.load(state(), per_rank={"seen": 0})
+        held = {"seen": 0}
+        assert checkpointer.load(state(), per_rank=held, missing_per_rank="none") == 1
+        assert held == {"seen": 0}
+
+
+def test_a_structure_is_planned_once_and_again_when_it_changes(root):
+    with Checkpointer(root) as checkpointer:
+        planned = [checkpointer.save(step, state(step)).is_replanned for step in range(3)]
+        changed = {**state(), "w": torch.zeros(5, 3)}
+        planned += [checkpointer.save(3, changed).is_replanned, checkpointer.save(4, changed).is_replanned]
+        assert planned == [True, False, False, True, False]
+        loaded = {"w": torch.ones(5, 3), "step": 0}
+        assert checkpointer.load(loaded) == 4
+        assert not loaded["w"].any()
+        checkpointer.load(loaded := state(0), step=2)
+        assert torch.equal(loaded["w"], state(2)["w"])
+
+
+def test_options_of_writing_reading_and_the_store_are_taken_by_name(root):
+    with Checkpointer(root, part_size=8 << 20, max_gap=1, connect_timeout_s=3, concurrency=5) as checkpointer:
+        assert checkpointer.save(1, state()).nbytes > 0
+    with pytest.raises(UsageError, match="unknown option"):
+        Checkpointer(root, part_sise=1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"on_exists": "x"}, {"on_busy": "x"}, {"uploads": "x"}, {"timeout_s": 0}, {"hooks": [1]}]
+)
+def test_an_option_that_cannot_be_is_refused(root, wrong):
+    with pytest.raises(UsageError):
+        Checkpointer(root, **wrong)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, True, None, "1"])
+def test_a_step_that_is_no_number_from_0_on_is_refused_before_anything_is_written(root, step):
+    with Checkpointer(root) as checkpointer:
+        for save in (checkpointer.save, checkpointer.async_save):
+            with pytest.raises(UsageError, match="from 0 on"):
+                save(step, state())
+        assert checkpointer.save(torch.tensor(3), state()).step == 3
+    assert {key.split("/")[0] for key in keys_below(root)} == {"step-3"}
+
+
+def test_metadata_that_json_cannot_spell_is_refused_before_anything_is_written(root):
+    with Checkpointer(root) as checkpointer, pytest.raises(UsageError, match="metadata"):
+        checkpointer.async_save(1, state(), metadata={"a": (1, 2)})
+    assert keys_below(root) == []
+
+
+# A step that is there.
+
+
+@pytest.mark.parametrize("method", ["save", "async_save"])
+def test_a_step_that_is_there_is_refused_replaced_or_skipped(root, method):
+    def save(on_exists, value):
+        with Checkpointer(root, on_exists=on_exists) as checkpointer:
+            done = getattr(checkpointer, method)(1, state(value))
+            done = done if method == "save" else done.result()
+            loaded = state(0)
+            checkpointer.load(loaded)
+            return done.was_skipped, loaded["step"]
+
+    assert save("refuse", 1) == (False, 1)
+    with pytest.raises(CheckpointExistsError, match="on_exists"):
+        save("refuse", 2)
+    assert save("skip", 2) == (True, 1)
+    assert save("replace", 3) == (False, 3)
+    assert len(keys_below(root)) == 2
+
+
+def test_of_two_jobs_that_save_a_step_at_once_the_second_loses_and_the_first_stands(root):
+    class Other(WriterHook):
+        def pre_commit(self, info):
+            other.save(info.step, state(2))
+
+    with Checkpointer(root) as other, Checkpointer(root, hooks=[Other()]) as checkpointer:
+        with pytest.raises(CommitConflictError):
+            checkpointer.save(1, state(1))
+        loaded = state(0)
+        other.load(loaded)
+    assert loaded["step"] == 2
+
+
+# A save while another is under way.
+
+
+def test_a_second_async_save_waits_for_the_first(root):
+    gate = Gate()
+    with Checkpointer(root, hooks=[gate]) as checkpointer:
+        first = checkpointer.async_save(1, state(1))
+        assert gate.arrived.acquire(timeout=60)
+        opener = threading.Timer(0.2, gate.opened.set)
+        opener.start()
+        second = checkpointer.async_save(2, state(2))
+        assert first.done()
+        assert (first.result().step, second.result().step) == (1, 2)
+
+
+def test_a_second_async_save_is_skipped_by_choice(root):
+    gate = Gate()
+    with Checkpointer(root, hooks=[gate], on_busy="skip") as checkpointer:
+        first = checkpointer.async_save(1, state(1))
+        assert gate.arrived.acquire(timeout=60)
+        second = checkpointer.async_save(2, state(2))
+        assert second.result().was_skipped
+        assert not first.done()
+        gate.opened.set()
+        assert not first.result().was_skipped
+        assert checkpointer.latest() == 1
+
+
+def test_a_second_async_save_is_queued_by_choice_and_keeps_its_own_copy(root):
+    gate, given = Gate(), state(1)
+    with Checkpointer(root, hooks=[gate], on_busy="queue") as checkpointer:
+        handles = []
+        for step in (1, 2):
+            handles.append(checkpointer.async_save(step, given))
+            given["w"].add_(1)
+        assert not any(handle.done() for handle in handles)
+        with pytest.raises(TimeoutError, match="still being saved"):
+            handles[0].result(0.01)
+        gate.opened.set()
+        assert [handle.result().step for handle in handles] == [1, 2]
+        for step in (1, 2):
+            checkpointer.load(loaded := state(0), step=step)
+            assert torch.equal(loaded["w"], torch.full((4, 3), float(step)))
+
+
+def test_a_save_comes_after_those_under_way_and_a_load_too(root):
+    with Checkpointer(root, on_busy="queue") as checkpointer:
+        checkpointer.async_save(1, state(1))
+        checkpointer.async_save(2, state(2))
+        assert checkpointer.load(state(0)) == 2
+        checkpointer.async_save(3, state(3))
+        checkpointer.save(4, state(4))
+        assert checkpointer.steps() == [1, 2, 3, 4]
+
+
+# Failures.
+
+
+def test_a_hook_that_fails_before_the_commit_stops_it_and_nothing_is_left(root):
+    with Checkpointer(root, hooks=[Failing()]) as checkpointer:
+        with pytest.raises(SaveFailedError, match="not this one"):
+            checkpointer.save(1, state())
+        assert keys_below(root) == []
+        checkpointer.save(2, state())
+    assert {key.split("/")[0] for key in keys_below(root)} == {"step-2"}
+
+
+def test_a_hook_that_fails_after_the_commit_is_reported_and_the_checkpoint_stands(root, caplog):
+    class Late(WriterHook):
+        def post_commit(self, info):
+            raise ValueError("too late")
+
+    with Checkpointer(root, hooks=[Late()]) as checkpointer:
+        (told,) = checkpointer.save(1, state()).hook_failures
+        assert "too late" in told
+        assert checkpointer.latest() == 1
+    assert "too late" in caplog.text
+
+
+def test_a_failure_of_an_async_save_is_raised_by_its_handle_and_then_no_more(root):
+    with Checkpointer(root, hooks=[Failing()]) as checkpointer:
+        handle = checkpointer.async_save(1, state())
+        with pytest.raises(SaveFailedError, match="not this one"):
+            handle.result()
+        checkpointer.save(2, state())
+
+
+def test_a_failure_that_nobody_asked_for_is_raised_by_the_next_save_once(root):
+    with Checkpointer(root, hooks=[Failing()]) as checkpointer:
+        checkpointer.async_save(1, state())
+        with pytest.raises(SaveFailedError, match="step 1, of before"):
+            checkpointer.async_save(2, state())
+        assert checkpointer.save(2, state()).step == 2
+
+
+def test_a_failure_that_nobody_asked_for_is_raised_at_the_end(root):
+    checkpointer = Checkpointer(root, hooks=[Failing()])
+    checkpointer.async_save(1, state())
+    with pytest.raises(SaveFailedError, match="step 1, of before"):
+        checkpointer.close()
+    checkpointer.close()
+
+
+def test_a_failure_does_not_hide_the_error_that_ended_the_training(root, caplog):
+    with pytest.raises(ZeroDivisionError), Checkpointer(root, hooks=[Failing()]) as checkpointer:
+        checkpointer.async_save(1, state())
+        raise ZeroDivisionError
+    assert "not this one" in caplog.text
+
+
+def test_what_cannot_be_copied_fails_its_save_at_once_and_no_other(root):
+    with Checkpointer(root) as checkpointer:
+        with pytest.raises(UnstorableError, match="lock"):
+            checkpointer.async_save(1, {**state(), "lock": threading.Lock()})
+        with pytest.raises(UnstorableError, match="of before"):
+            checkpointer.async_save(2, state())
+        assert checkpointer.async_save(2, state()).result().step == 2
+        assert checkpointer.steps() == [2]
+
+
+def test_a_closed_checkpointer_refuses_and_one_that_is_closed_waits(root):
+    gate = Gate()
+    checkpointer = Checkpointer(root, hooks=[gate])
+    handle = checkpointer.async_save(1, state())
+    threading.Timer(0.2, gate.opened.set).start()
+    checkpointer.close()
+    assert handle.done()
+    for method in (checkpointer.save, checkpointer.async_save):
+        with pytest.raises(UsageError, match="closed"):
+            method(2, state())
+    with pytest.raises(UsageError, match="closed"):
+        checkpointer.load(state())
+    assert len(keys_below(root)) == 2
+
+
+def test_a_save_that_is_cancelled_before_its_commit_leaves_nothing(root):
+    gate = Gate()
+    checkpointer = Checkpointer(root, hooks=[gate], on_busy="queue")
+    handles = [checkpointer.async_save(step, state()) for step in (1, 2)]
+    assert gate.arrived.acquire(timeout=60)
+    threading.Timer(0.2, gate.opened.set).start()
+    checkpointer.close(cancel=True)
+    for handle in handles:
+        with pytest.raises(CheckpointError, match="cancelled"):
+            handle.result()
+    assert keys_below(root) == []
+
+
+# Loading.
+
+
+def flipped(data):
+    data[-1] ^= 1
+    return data
+
+
+DAMAGE = {
+    "a flipped bit": ("step-3/shards", flipped),
+    "a shard that is gone": ("step-3/shards", lambda _: None),
+    "a manifest that is cut off": (f"step-3/{MANIFEST}", lambda data: data[: len(data) // 2]),
+    "an empty manifest": (f"step-3/{MANIFEST}", lambda _: b""),
+}
+
+
+@pytest.mark.parametrize(("part", "damage"), DAMAGE.values(), ids=DAMAGE)
+def test_of_a_damaged_newest_step_the_one_before_it_is_loaded_only_if_asked(root, part, damage, caplog):
+    with Checkpointer(root) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state(step))
+        change(root, part, damage)
+        with pytest.raises(IntegrityError):
+            checkpointer.load(state(0))
+        with pytest.raises(IntegrityError):
+            checkpointer.load(state(0), step=3, fallback=True)
+        assert "step-3" not in caplog.text
+        loaded = state(0)
+        assert checkpointer.load(loaded, fallback=True) == 2
+    assert torch.equal(loaded["w"], state(2)["w"])
+    assert "step-3 is damaged" in caplog.text
+
+
+def test_where_every_step_is_damaged_none_is_loaded(root):
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(1, state())
+        change(root, "step-1/shards", flipped)
+        with pytest.raises(IntegrityError):
+            checkpointer.load(state(0), fallback=True, missing="none")
+
+
+def test_a_step_that_was_never_committed_is_passed_over(root):
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(1, state(1))
+        checkpointer.save(2, state(2))
+        change(root, f"step-2/{MANIFEST}", lambda _: None)
+        assert checkpointer.load(state(0)) == 1
+        assert checkpointer.steps() == [1]
+        with pytest.raises(CheckpointNotFoundError, match="step 2"):
+            checkpointer.load(state(0), step=2)
+
+
+def test_nothing_there_is_an_error_unless_nothing_will_do(root):
+    with Checkpointer(root) as checkpointer:
+        assert checkpointer.latest() is None
+        with pytest.raises(CheckpointNotFoundError, match="missing='none'"):
+            checkpointer.load(state(0))
+        assert checkpointer.load(state(0), missing="none") is None
+        with pytest.raises(CheckpointNotFoundError, match="step 4"):
+            checkpointer.load(state(0), step=4, missing="none")
+
+
+def test_what_was_not_saved_is_named(root):
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save(1, state())
+        with pytest.raises(CheckpointError, match="'other'"):
+            checkpointer.load({**state(), "other": torch.ones(3)})
+        with pytest.raises((ShapeMismatchError, CheckpointError), match="w"):
+            checkpointer.load({"w": torch.ones(7)})
