@@ -137,10 +137,9 @@ def test_one_process_needs_no_ranks_and_no_pickle(alone):
 
 def test_one_process_raises_what_many_would(alone):
     told = errors.CheckpointExistsError("is there")
-    with pytest.raises(errors.CheckpointExistsError, match="save failed on rank 0 on ") as caught:
+    with pytest.raises(errors.CheckpointExistsError) as caught:
         alone.all_gather("save", collective_ranks.fails_on_any(told))
-    assert caught.value.__cause__ is told
-    assert str(caught.value).endswith(": is there")
+    assert caught.value is told  # there is no other rank to name it to
     with pytest.raises(errors.RanksFailedError, match="ZeroDivisionError"):
         alone.all_reduce("save", lambda: 0, lambda values: 1 / values[0])
     with pytest.raises(SystemExit):

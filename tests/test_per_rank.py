@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from cloudckpt.dcp import ObjectStoreWriter, per_rank
+from cloudckpt.dcp import ObjectStoreWriter
+from cloudckpt.dcp.state import per_rank
 from cloudckpt.dcp.state.rng import RngStates, load_rng_states, rng_states
 from cloudckpt.dcp.state.stateful import to_save
 from cloudckpt.errors import LoadFailedError, MissingKeyError, ReservedNameError, UsageError
