@@ -122,6 +122,7 @@ class Checkpointer:
         _one_of("on_exists", on_exists, ("refuse", "replace", "skip"))
         _one_of("on_busy", on_busy, ("wait", "skip", "queue"))
         is_own_process = _one_of("uploads", uploads, ("thread", "process")) == "process"
+        self._retention = Retention(self._root, keep, keep_grace_s, self._store)
         self._options = replace(self._options, overwrite=self._options.overwrite or on_exists == "replace")
         self._state_options = state_options
         policy = SavePolicy(
@@ -141,7 +142,6 @@ class Checkpointer:
         self._closing = ExitStack()
         front, back = self._closing.enter_context(own_groups(process_group, timeout_s))
         self._front = Collectives(front, use_dist=front is not None)
-        self._retention = Retention(self._root, keep, keep_grace_s, self._store)
         stager = Stager(leases=2 if on_busy == "queue" else 1, share=is_own_process)
         self._saver = Saver(
             policy,

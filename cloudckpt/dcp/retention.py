@@ -6,10 +6,11 @@ commit.
 
 import logging
 import threading
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from cloudckpt import catalog
-from cloudckpt.errors import CheckpointError
+from cloudckpt.errors import UsageError
 from cloudckpt.store.url import StoreOptions
 
 log = logging.getLogger(__name__)
@@ -26,20 +27,32 @@ class Retention:
             keep: which of them stay; None for all.
             grace_s: see `catalog.prune`.
             store: how to reach the store.
+
+        Raises:
+            UsageError: ``keep`` is no policy, or the grace negative.
         """
+        if keep is not None and not callable(getattr(keep, "keep", None)):
+            msg = f"keep={keep!r} is no policy; pass one such as KeepLast(3)"
+            raise UsageError(msg)
+        if not grace_s >= 0:
+            msg = f"keep_grace_s={grace_s} must not be negative"
+            raise UsageError(msg)
         self._root = root
         self._keep = keep
         self._grace_s = grace_s
         self._store = store
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="cloudckpt-prune")
+        self._known = catalog.Known()
         self._lock = threading.Lock()
         self._waiting: Future[None] | None = None
+        self._last = _Last()
 
-    def after_commit(self) -> None:
-        """Has old steps removed soon. Does not wait."""
+    def after_commit(self, step: int) -> None:
+        """Has old steps removed soon, and this one in no case. Does not wait."""
         if self._keep is None:
             return
         with self._lock:
+            self._last.step = step
             if self._waiting is None:
                 self._waiting = self._pool.submit(self._prune, self._keep)
 
@@ -51,11 +64,28 @@ class Retention:
         with self._lock:
             self._waiting = None  # what commits from now on is not seen by this one
         try:
-            pruned = catalog.prune(self._root, keep, dry_run=False, grace_s=self._grace_s, store=self._store)
-        except CheckpointError as e:
+            pruned = catalog.prune(
+                self._root,
+                catalog.AnyOf((keep, self._last)),
+                dry_run=False,
+                grace_s=self._grace_s,
+                known=self._known,
+                store=self._store,
+            )
+        except Exception as e:  # a user's policy may raise anything
             log.warning("old steps below %s could not be removed, they stay until the next commit: %s", self._root, e)
             return
         if pruned.removed:
             log.info("removed steps %s below %s", [found.step for found in pruned.removed], self._root)
         for step, why in pruned.passed_over.items():
             log.warning("step %d below %s was not judged: %s", step, self._root, why)
+
+
+class _Last:
+    """Keeps the step that this job committed last: after a roll back, steps with higher numbers are there."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def keep(self, steps: Sequence[catalog.CommittedStep]) -> Iterable[catalog.CommittedStep]:
+        return [found for found in steps if found.step == self.step]

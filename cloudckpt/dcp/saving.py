@@ -72,7 +72,7 @@ class Saver:
         *,
         stager: Stager,
         uploader: Uploader,
-        after_commit: Callable[[], None],
+        after_commit: Callable[[int], None],
     ) -> None:
         """Starts no thread yet.
 
@@ -82,7 +82,7 @@ class Saver:
             back: for the background.
             stager: copies state dicts for async saves: one, and one more with ``on_busy="queue"``.
             uploader: for async saves.
-            after_commit: called on the coordinator, in the background.
+            after_commit: called on the coordinator, in the background, with the step.
         """
         self._policy = policy
         self._front = front
@@ -192,7 +192,7 @@ class Saver:
                     begun.staged.release()
             self.last_saved = begun.step
             if self._front.is_coordinator:
-                self._after_commit()
+                self._after_commit(begun.step)
             return _saved(begun, done)
 
         return self._background.submit(begun.step, cancellation, save)
