@@ -149,7 +149,6 @@ def what_one_rank_cannot_copy_fails_its_async_save_on_all(case):
             raised(errors.UnstorableError, "lock", lambda: saves.async_save(1, given))
         else:
             raised(errors.UnstorableError, "rank 1 on .*lock", saves.async_save(1, given).result)
-        raised(errors.CheckpointError, "step 1", lambda: saves.async_save(2, state()))
         assert saves.async_save(2, state()).result().step == 2
         assert {key.split("/")[0] for key in keys_below(case)[0]} == {"step-2"}
 
@@ -166,6 +165,63 @@ def a_step_that_is_there_is_skipped_or_replaced_by_all(case):
         saves.save(1, state(3))
         saves.load(loaded := state(0))
         assert loaded["step"] == 3
+
+
+class Interrupted:
+    def state_dict(self):
+        raise KeyboardInterrupt
+
+    def load_state_dict(self, _):
+        pass
+
+
+def a_save_that_is_interrupted_on_one_rank_is_not_taken_for_the_next(case):
+    with checkpointer(case) as saves:
+        given = {**state(1), "it": Interrupted()} if rank() == 1 else state(1)
+        if rank() == 1:
+            raised(KeyboardInterrupt, "", lambda: saves.async_save(1, given))
+        else:
+            raised(errors.SaveFailedError, "rank 1 on .*KeyboardInterrupt", saves.async_save(1, given).result)
+        assert saves.save(2, state(2)).step == 2
+        assert saves.steps() == [2]
+
+
+def a_failure_that_one_rank_was_told_of_is_raised_on_all_and_then_no_more(case):
+    class Failing(WriterHook):
+        def pre_commit(self, info):
+            if info.step == 1:
+                raise ValueError("not this one")
+
+    with checkpointer(case, hooks=[Failing()]) as saves:
+        handle = saves.async_save(1, state(1))
+        if rank() == 0:
+            raised(errors.SaveFailedError, "not this one", handle.result)
+        raised(errors.SaveFailedError, "step 1, of before.*not this one", lambda: saves.save(2, state(2)))
+        assert saves.save(2, state(2)).step == 2
+
+
+def all_ranks_load_the_same(case):
+    with checkpointer(case) as saves:
+        for step in (0, 1):
+            saves.save(step, state(step))
+        raised(errors.UsageError, "different things.*rank 1", lambda: saves.load(state(0), step=rank()))
+        raised(errors.UsageError, "different things", lambda: saves.load(state(0), fallback=rank() == 1))
+        raised(errors.UsageError, "missing='x'", lambda: saves.load(state(0), missing="x" if rank() else "none"))
+        assert saves.load(state(0)) == 1
+
+
+def training_may_end_its_groups_first_and_a_subgroup_may_have_its_own(case):
+    mine = dist.new_group([rank()])
+    for _ in range(2):
+        with Checkpointer(f"{case['url']}/{rank()}", **case["s3"], process_group=mine, on_exists="replace") as saves:
+            saves.save(1, {"rank": rank()})
+            loaded = {"rank": None}
+            saves.load(loaded)
+            assert loaded["rank"] == rank()
+    other = dist.new_group([0, 1])
+    with checkpointer(case, process_group=other) as saves:
+        dist.destroy_process_group(other)
+        assert saves.save(1, state(1)).step == 1
 
 
 def a_busy_save_is_skipped_by_all(case):

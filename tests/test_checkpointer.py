@@ -2,12 +2,17 @@
 
 import gc
 import os
+import signal
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from secrets import token_hex
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.dcp import Checkpointer, KeepBest, KeepLast
 from cloudckpt.dcp.hooks import WriterHook
@@ -313,6 +318,18 @@ def test_a_failure_that_nobody_asked_for_is_raised_by_the_next_save_once(root):
         assert checkpointer.save(2, state()).step == 2
 
 
+def test_each_of_several_failures_is_raised_once(root):
+    gate = Gate()
+    with Checkpointer(root, hooks=[gate, Failing()], on_busy="queue", on_exists="refuse") as checkpointer:
+        checkpointer.async_save(1, state())
+        checkpointer.async_save(1, state())
+        gate.opened.set()
+        for _ in range(2):
+            with pytest.raises(SaveFailedError, match="step 1, of before"):
+                checkpointer.save(2, state())
+        assert checkpointer.save(2, state()).step == 2
+
+
 def test_a_failure_that_nobody_asked_for_is_raised_at_the_end(root):
     checkpointer = Checkpointer(root, hooks=[Failing()])
     checkpointer.async_save(1, state())
@@ -332,8 +349,6 @@ def test_what_cannot_be_copied_fails_its_save_at_once_and_no_other(root):
     with Checkpointer(root) as checkpointer:
         with pytest.raises(UnstorableError, match="lock"):
             checkpointer.async_save(1, {**state(), "lock": threading.Lock()})
-        with pytest.raises(UnstorableError, match="of before"):
-            checkpointer.async_save(2, state())
         assert checkpointer.async_save(2, state()).result().step == 2
         assert checkpointer.steps() == [2]
 
@@ -364,6 +379,131 @@ def test_a_save_that_is_cancelled_before_its_commit_leaves_nothing(root):
         with pytest.raises(CheckpointError, match="cancelled"):
             handle.result()
     assert keys_below(root) == []
+
+
+class Interrupted:
+    """An object that somebody interrupts."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def state_dict(self):
+        raise self.error
+
+    def load_state_dict(self, _):
+        pass
+
+
+@pytest.mark.parametrize("method", ["save", "async_save"])
+def test_a_save_that_is_interrupted_before_it_began_is_no_other_save(root, method):
+    with Checkpointer(root) as checkpointer:
+        with pytest.raises(KeyboardInterrupt):
+            getattr(checkpointer, method)(1, {"w": torch.ones(2), "it": Interrupted(KeyboardInterrupt())})
+        with pytest.raises(SaveFailedError, match="CheckpointException"):
+            getattr(checkpointer, method)(1, {"it": Interrupted(CheckpointException("boom", {}))})
+        assert checkpointer.save(2, state(2)).step == 2
+        assert checkpointer.steps() == [2]
+
+
+def test_a_save_that_is_interrupted_stops_before_its_caller_goes_on(root):
+    gate = Gate()
+    with Checkpointer(root, hooks=[gate]) as checkpointer:
+
+        def interrupt():
+            assert gate.arrived.acquire(timeout=60)
+            threading.Timer(2.5, gate.opened.set).start()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(1, state())
+        assert gate.opened.is_set()  # it waited
+        assert checkpointer.steps() == []
+        assert checkpointer.save(2, state()).step == 2
+    assert {key.split("/")[0] for key in keys_below(root)} == {"step-2"}
+
+
+def test_a_hook_that_waits_for_its_own_save_is_refused(root):
+    class Loads(WriterHook):
+        def pre_commit(self, info):
+            checkpointer.load(state())
+
+    with Checkpointer(root, hooks=[Loads()]) as checkpointer:
+        with pytest.raises(UsageError, match="wait for itself"):
+            checkpointer.save(1, state())
+
+
+def test_a_hook_that_ends_the_process_after_the_commit_does_not_undo_it(root):
+    class Leaves(WriterHook):
+        def post_commit(self, info):
+            raise SystemExit(3)
+
+    with Checkpointer(root, hooks=[Leaves()]) as checkpointer:
+        assert checkpointer.save(1, state()).hook_failures
+
+
+def test_what_is_no_dict_is_refused(root):
+    with Checkpointer(root) as checkpointer, pytest.raises(UsageError, match="pass a dict"):
+        checkpointer.save(1, [torch.ones(3)])
+
+
+def test_a_step_that_was_loaded_is_saved_again_when_asked_for_at_a_signal(root):
+    with Checkpointer(root, on_exists="replace") as checkpointer:
+        checkpointer.save_on_signal(signal.SIGUSR2)
+        checkpointer.save(1, state(1))
+        checkpointer.load(state(0))
+        signal.raise_signal(signal.SIGUSR2)
+        assert checkpointer.save_if_asked(1, {**state(1), "step": 5})
+        checkpointer.load(loaded := state(0))
+        assert loaded["step"] == 5
+
+
+def test_a_failure_before_does_not_stop_the_save_that_a_signal_asks_for(root):
+    with Checkpointer(root, hooks=[Failing()]) as checkpointer:
+        checkpointer.save_on_signal(signal.SIGUSR2)
+        checkpointer.async_save(1, state(1))
+        signal.raise_signal(signal.SIGUSR2)
+        assert checkpointer.save_if_asked(2, state(2))
+        assert checkpointer.steps() == [2]
+
+
+def test_what_another_thread_closes_tells_of_its_failure_too(root):
+    checkpointer = Checkpointer(root, hooks=[Failing()])
+    checkpointer.save_on_signal(signal.SIGUSR2)
+    checkpointer.async_save(1, state())
+    with ThreadPoolExecutor(1) as other, pytest.raises(SaveFailedError):
+        other.submit(checkpointer.close).result()
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+
+
+def test_a_checkpointer_that_is_closed_leaves_the_handlers_that_were_there(root):
+    before = signal.getsignal(signal.SIGUSR2)
+    with Checkpointer(root) as checkpointer:
+        checkpointer.save_on_signal(signal.SIGUSR2)
+        with pytest.raises(UsageError, match="before"):
+            checkpointer.save_on_signal(signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR2) == before
+
+
+def test_a_script_that_ends_without_closing_still_commits_and_tells_of_a_failure(tmp_path):
+    script = """
+import sys, torch
+from cloudckpt.dcp import Checkpointer, KeepLast
+c = Checkpointer(sys.argv[1], keep=KeepLast(1))
+c.save(1, {"w": torch.ones(3)})
+c.async_save(2, {"w": torch.ones(3)})
+c.async_save(1, {"w": torch.ones(3)})
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", script, f"file://{tmp_path}/run"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert "async save of step 1 failed" in ended.stderr
+    with Checkpointer(f"file://{tmp_path}/run") as checkpointer:
+        assert checkpointer.steps() == [1, 2]
 
 
 # Loading.

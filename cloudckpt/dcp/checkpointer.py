@@ -17,14 +17,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from cloudckpt import catalog
-from cloudckpt.dcp.agreement import checked_step
+from cloudckpt.dcp.agreement import Missing, Wanted, agree_to_load, checked_step
 from cloudckpt.dcp.background import Saved, SaveHandle
-from cloudckpt.dcp.choosing import load_first, newest_first
+from cloudckpt.dcp.choosing import load_first
 from cloudckpt.dcp.driving import load
-from cloudckpt.dcp.groups import own_groups
+from cloudckpt.dcp.groups import own_collectives
 from cloudckpt.dcp.hooks import WriterHook, check_hooks
 from cloudckpt.dcp.preemption import PreemptionWatch
-from cloudckpt.dcp.ranks import Collectives
 from cloudckpt.dcp.reader import ObjectStoreReader
 from cloudckpt.dcp.retention import Retention
 from cloudckpt.dcp.saving import OnBusy, OnExists, SavePolicy, Saver, SaveRequest
@@ -38,7 +37,6 @@ from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-Missing = Literal["error", "none"]
 
 _LEAST_S = 0.1
 """Of time for a save that comes too late: it fails of its deadline, and says so."""
@@ -140,15 +138,15 @@ class Checkpointer:
         self._watch: PreemptionWatch | None = None
         self._was_saved_when_asked = False
         self._closing = ExitStack()
-        front, back = self._closing.enter_context(own_groups(process_group, timeout_s))
-        self._front = Collectives(front, use_dist=front is not None)
+        self._closing.callback(self._retention.close)
+        self._front, back = own_collectives(process_group, timeout_s)
         stager = Stager(leases=2 if on_busy == "queue" else 1, share=is_own_process)
         self._saver = Saver(
             policy,
             self._front,
-            Collectives(back, use_dist=back is not None),
+            back,
             stager=self._closing.enter_context(stager),
-            uploader=self._closing.enter_context(ProcessUploader()) if is_own_process else HereUploader(),
+            uploader=self._closing.enter_context(ProcessUploader(stager)) if is_own_process else HereUploader(),
             after_commit=self._retention.after_commit,
         )
 
@@ -178,7 +176,7 @@ class Checkpointer:
             CommitConflictError: another job committed it meanwhile; its checkpoint stands.
             RanksLostError: a rank was killed, or hung for ``timeout_s``; the job has to be started again.
             CheckpointError: whatever failed, on whichever rank, or of an async save before. Nothing was committed,
-                but for a CommitUnknownError.
+                but for a CommitUnknownError or a RanksLostError, after which it may have been.
         """
         self._check_open()
         return self._saver.save(_request(step, state_dict, per_rank, metrics, metadata))
@@ -239,6 +237,14 @@ class Checkpointer:
         self._check_open()
         self._saver.wait()
 
+        def say() -> Wanted:
+            _one_of("missing", missing, ("error", "none"))
+            _one_of("missing_per_rank", missing_per_rank, ("error", "none"))
+            return Wanted(None if step is None else checked_step(step), bool(fallback), missing, missing_per_rank)
+
+        def choose(wanted: Wanted) -> list[int]:
+            return catalog.listed_steps(self._root, self._store) if wanted.step is None else [wanted.step]
+
         def load_from(url: str) -> None:
             reader = ObjectStoreReader(url, options=self._read_options, store=self._store)
             left_out = load(
@@ -252,11 +258,14 @@ class Checkpointer:
             if left_out and self._front.is_coordinator:
                 log.warning("%s holds what ranks %s kept for themselves; this job has no such ranks", url, left_out)
 
-        steps = newest_first(self._root, self._store, self._front) if step is None else [checked_step(step)]
+        steps = agree_to_load(self._front, say, choose)
+        self._saver.forget_last()
         found = load_first(self._root, steps, load_from, fallback=fallback and step is None)
-        if found is None and (missing == "error" or step is not None):
-            name = "step" if step is None else f"step {steps[0]}"
-            msg = f"no {name} is committed below {self._root}; check the URL, or begin with missing='none'"
+        if found is None and step is not None:
+            msg = f"step {steps[0]} is not committed below {self._root}; steps() tells which are"
+            raise CheckpointNotFoundError(msg)
+        if found is None and missing == "error":
+            msg = f"no step is committed below {self._root}; check the URL, or begin with missing='none'"
             raise CheckpointNotFoundError(msg)
         return found
 
@@ -308,6 +317,7 @@ class Checkpointer:
             msg = "save_on_signal was called before; name all signals in one call"
             raise UsageError(msg)
         self._watch = PreemptionWatch(signals or (signal.SIGTERM,), deadline_s=deadline_s)
+        self._closing.callback(self._watch.close)
 
     def save_if_asked(
         self,
@@ -335,11 +345,12 @@ class Checkpointer:
         if self._watch is None:
             msg = "save_if_asked without save_on_signal; call that once, before training"
             raise UsageError(msg)
-        if not self._watch.agree(self._front):
+        watch = self._watch
+        if not watch.agree(self._front):
             return False
         if not self._was_saved_when_asked:
             request = _request(step, state_dict, per_rank, metrics, metadata)
-            self._saver.save_last(request, max(self._watch.remaining_s, _LEAST_S))
+            self._saver.save_last(request, lambda: max(watch.remaining_s, _LEAST_S))
         self._was_saved_when_asked = True
         return True
 
@@ -351,17 +362,17 @@ class Checkpointer:
 
         Raises:
             CheckpointError: an async save failed, and nobody was told. All is freed.
+            UsageError: called by a hook; or not in the main thread after `save_on_signal`, and the handlers stay.
         """
         if self._is_closed:
             return
+        failure = self._saver.close(cancel=cancel)  # interrupted here, it can be called again
         self._is_closed = True
-        with self._closing:
-            failure = self._saver.close(cancel=cancel)
-            self._retention.close()
-            if self._watch is not None:
-                self._watch.close()
-        if failure is not None:
-            raise failure
+        try:
+            self._closing.close()
+        finally:
+            if failure is not None:
+                raise failure
 
     def __enter__(self) -> Self:
         return self

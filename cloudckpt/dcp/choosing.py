@@ -1,22 +1,15 @@
 """Which step a job loads.
 
-Law: the coordinator looks once, and all ranks try the same steps in the same order.
+Law: all ranks try the same steps in the same order.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 
 from cloudckpt import catalog
-from cloudckpt.dcp.ranks import Collectives
 from cloudckpt.errors import CheckpointNotFoundError, IntegrityError
-from cloudckpt.store.url import StoreOptions
 
 log = logging.getLogger(__name__)
-
-
-def newest_first(root: str, store: StoreOptions, collectives: Collectives) -> Sequence[int]:
-    """The steps below a root, committed or not; the same on all ranks."""
-    return collectives.broadcast("listing the steps", lambda: catalog.listed_steps(root, store))
 
 
 def load_first(root: str, steps: Sequence[int], load: Callable[[str], object], *, fallback: bool) -> int | None:

@@ -93,6 +93,7 @@ class SaveDriver:
         state: Callable[[], dict[str, Any]],
         writer: ObjectStoreWriter,
         cancellation: Cancellation,
+        label: str,
         new_planner: Callable[[], DefaultSavePlanner] = DefaultSavePlanner,
     ) -> Done:
         """Saves, and returns when the checkpoint is committed.
@@ -103,12 +104,13 @@ class SaveDriver:
             state: gives the state dict of this rank, for DCP; what it raises fails the save on all ranks.
             writer: with its URL.
             cancellation: stops it until the commit is tried.
+            label: tells this save from all others, the same on all ranks: ranks at different ones are out of step.
             new_planner: makes the planner of one save; the same class each time.
 
         Raises:
             ShapeMismatchError: two ranks hold one key with different shapes or dtypes; nothing was written.
             CheckpointError: whatever failed, on whichever rank; see `Collectives`. Nothing was committed, but for a
-                CommitUnknownError.
+                CommitUnknownError or a RanksLostError, after which it may have been.
         """
         began, ranks, planner = time.monotonic(), self._collectives, new_planner()
 
@@ -118,18 +120,18 @@ class SaveDriver:
                 writer.set_up_storage_writer(ranks.is_coordinator, cancellation=cancellation)
                 return self._planned is not None and self._planned.structure == _structure(planner)
 
-        is_known = ranks.all_reduce("setting up the save", set_up, all)
+        is_known = ranks.all_reduce(f"setting up the save of {label}", set_up, all)
         if not is_known:
-            self._plan(planner, writer)
+            self._plan(planner, writer, label)
         planned = self._planned
         assert planned is not None  # noqa: S101 - planned before, or just now
-        upload_s, slowest_s = self._upload(planned, planner, writer)
+        upload_s, slowest_s = self._upload(planned, planner, writer, label)
 
         def commit() -> tuple[CommitInfo, tuple[str, ...]]:
             committed = writer.commit()
             return committed.info, tuple(map(str, committed.hook_failures))
 
-        info, failures = ranks.broadcast("the commit", commit)
+        info, failures = ranks.broadcast(f"the commit of {label}", commit)
         return Done(
             info=info,
             hook_failures=failures,
@@ -139,7 +141,7 @@ class SaveDriver:
         )
 
     def _upload(
-        self, planned: _Planned, planner: DefaultSavePlanner, writer: ObjectStoreWriter
+        self, planned: _Planned, planner: DefaultSavePlanner, writer: ObjectStoreWriter, label: str
     ) -> tuple[float, float]:
         """Uploads, and prepares the commit: when this returns nothing but the manifest is missing.
 
@@ -161,7 +163,7 @@ class SaveDriver:
             return max(seconds for seconds, _ in found)
 
         try:
-            slowest = self._collectives.all_reduce("the upload", write, prepare)
+            slowest = self._collectives.all_reduce(f"the upload of {label}", write, prepare)
         except RanksLostError:
             raise  # the coordinator may be alive, and commit
         except CheckpointError:
@@ -169,7 +171,7 @@ class SaveDriver:
             raise
         return took[0], slowest
 
-    def _plan(self, planner: DefaultSavePlanner, writer: ObjectStoreWriter) -> None:
+    def _plan(self, planner: DefaultSavePlanner, writer: ObjectStoreWriter, label: str) -> None:
         made: list[Metadata] = []
 
         def of_rank() -> SavePlan:
@@ -184,7 +186,7 @@ class SaveDriver:
                 return writer.prepare_global_plan(plans)
 
         self._planned = None
-        plan = self._collectives.reduce_scatter("planning the save", of_rank, of_all)
+        plan = self._collectives.reduce_scatter(f"planning the save of {label}", of_rank, of_all)
         self._planned = _Planned(_structure(planner), plan, made[0] if made else None)
 
 

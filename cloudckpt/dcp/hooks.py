@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from cloudckpt.errors import CheckpointError, SaveFailedError, UsageError
 
 
@@ -64,7 +66,7 @@ class HookFailure:
     """
 
     hook: str
-    error: Exception
+    error: BaseException
 
     def __str__(self) -> str:
         return f"the hook {self.hook} failed after the commit: {type(self.error).__name__}: {self.error}"
@@ -108,7 +110,7 @@ def run_post_commit(hooks: Sequence[WriterHook], info: CommitInfo) -> list[HookF
     for hook in hooks:
         try:
             hook.post_commit(info)
-        except Exception as e:
+        except (Exception, CheckpointException, SystemExit) as e:
             failures.append(HookFailure(hook=_name(hook), error=e))
     return failures
 

@@ -54,7 +54,10 @@ class Retention:
         with self._lock:
             self._last.step = step
             if self._waiting is None:
-                self._waiting = self._pool.submit(self._prune, self._keep)
+                try:
+                    self._waiting = self._pool.submit(self._prune, self._keep)
+                except RuntimeError as e:  # the interpreter is ending
+                    log.warning("old steps below %s stay until the next commit: %s", self._root, e)
 
     def close(self) -> None:
         """Waits until what was begun is done."""

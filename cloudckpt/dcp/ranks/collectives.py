@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.dcp.ranks.failures import Failure, error_of
+from cloudckpt.dcp.ranks.gloo_group import GlooGroup
 from cloudckpt.dcp.ranks.info import RankInfo
 from cloudckpt.dcp.ranks.star import CoordinatorLostError, Star
 from cloudckpt.errors import CheckpointError, RanksLostError, UsageError
@@ -67,7 +68,11 @@ class Collectives:
     """
 
     def __init__(
-        self, process_group: dist.ProcessGroup | None = None, *, use_dist: bool = True, coordinator: int = 0
+        self,
+        process_group: dist.ProcessGroup | GlooGroup | None = None,
+        *,
+        use_dist: bool = True,
+        coordinator: int = 0,
     ) -> None:
         """Talks to no other rank; but all ranks of a group make theirs in the same order, as they do groups.
 
@@ -82,7 +87,11 @@ class Collectives:
         """
         self.info = RankInfo.read()
         is_one_of_many = use_dist and dist.is_available() and dist.is_initialized()
-        self._star = Star(process_group, coordinator, self.info) if is_one_of_many else None
+        if is_one_of_many and not isinstance(process_group, GlooGroup):
+            process_group = GlooGroup.of(process_group, self.info)
+        self._star = (
+            Star(process_group, coordinator, self.info) if use_dist and isinstance(process_group, GlooGroup) else None
+        )
         self._coordinator = coordinator if self._star else 0
         if self._star is None and coordinator != 0:
             raise UsageError(
@@ -217,7 +226,9 @@ class Collectives:
             CheckpointError: for what failed on any rank, the coordinator's deciding included.
         """
         if self._lost:
-            raise RanksLostError(f"{name} was not tried on {self.info}: {self._lost}. Make a new process group")
+            raise RanksLostError(
+                f"{name} was not tried on {self.info}: {self._lost}. Start the job again, or make a new process group"
+            )
         said = _Said(f"{form} {name!r}", memoryview(mine.blob), mine.failure)
         error = mine.error
         try:

@@ -14,9 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from cloudckpt.dcp.ranks.group_store import store_of
+from cloudckpt.dcp.ranks.gloo_group import GlooGroup
 from cloudckpt.dcp.ranks.info import RankInfo
 from cloudckpt.errors import RanksLostError, UsageError
 
@@ -49,29 +48,26 @@ class Star:
             in the store that they are alive were cut off only because another hung, and are not among them.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, coordinator: int, me: RankInfo) -> None:
+    def __init__(self, group: GlooGroup, coordinator: int, me: RankInfo) -> None:
         """Says who this rank is in the group's store, and talks to no other rank.
 
         Args:
-            group: a group with gloo for CPU tensors; the default group, if None.
+            group: of the ranks.
             coordinator: a rank within the group.
             me: who this rank is.
 
         Raises:
-            UsageError: the group has no gloo, this rank is not in it, or it has no such coordinator.
+            UsageError: it has no such coordinator.
             RanksLostError: the group's store cannot be reached.
         """
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        if self.rank < 0:
-            raise UsageError(f"{me} is not in the process group: only its ranks can make Collectives of it")
-        _require_gloo(group)
+        self.rank, self.size = group.rank, group.size
         if not 0 <= coordinator < self.size:
             raise UsageError(f"coordinator={coordinator} is no rank of a group of {self.size}")
-        self._group = group or dist.group.WORLD
+        self._group = group
         self._coordinator = coordinator
-        self._global = dist.get_process_group_ranks(self._group)
-        self._timeout_s = _timeout_of(self._group)
-        self._board = _Board(self._group, self.rank, me)
+        self._me = me
+        self._timeout_s = group.timeout_s
+        self._board = _Board(group.store, self.rank, me)
         self._turn = 0
         self._needs_words = False
         self.lost: dict[int, str] = {}
@@ -139,7 +135,7 @@ class Star:
         try:
             head = torch.tensor([len(message), 0], dtype=torch.int64, device="cpu")
             for tensor in (head, _tensor_over(message)):
-                _wait(dist.isend(tensor, self._global[self._coordinator], self._group, _TAG), self._timeout_s)
+                _wait(self._group.send(self._coordinator, tensor, _TAG), self._timeout_s)
             size, is_spread = (int(n) for n in self._receive(torch.empty(2, dtype=torch.int64, device="cpu")))
             body = torch.empty(size, dtype=torch.uint8, device="cpu")
             if is_spread:
@@ -154,7 +150,11 @@ class Star:
     def who(self, rank: int) -> RankInfo:
         """Who a rank within the group is, as far as it has said so."""
         return self._board.who(rank) or RankInfo(
-            rank=self._global[rank], world_size=dist.get_world_size(), local_rank=None, host="an unknown host", pid=0
+            rank=self._group.ranks[rank],
+            world_size=self._me.world_size,
+            local_rank=None,
+            host="an unknown host",
+            pid=0,
         )
 
     def coordinator(self) -> RankInfo:
@@ -164,18 +164,18 @@ class Star:
     def _spread(self, tensor: torch.Tensor) -> bool:
         """One message to all; whether it went well. Who broke it shows in the next turn."""
         try:
-            dist.broadcast(tensor, self._global[self._coordinator], self._group)
+            self._group.broadcast(tensor, self._coordinator)
         except RuntimeError:
             return False
         return True
 
     def _receive(self, tensor: torch.Tensor) -> torch.Tensor:
-        _wait(dist.irecv(tensor, self._global[self._coordinator], self._group, _TAG), 2 * self._timeout_s)
+        _wait(self._group.receive(self._coordinator, tensor, _TAG), 2 * self._timeout_s)
         return tensor
 
     def _send(self, rank: int, tensor: torch.Tensor) -> Any:
         try:
-            return dist.isend(tensor, self._global[rank], self._group, _TAG)
+            return self._group.send(rank, tensor, _TAG)
         except RuntimeError:
             return None
 
@@ -183,7 +183,7 @@ class Star:
         """Begins to receive from a rank."""
         tensor = torch.empty(size, dtype=dtype, device="cpu")
         try:
-            to[rank] = tensor, dist.irecv(tensor, self._global[rank], self._group, _TAG)
+            to[rank] = tensor, self._group.receive(rank, tensor, _TAG)
         except RuntimeError as e:
             silent[rank] = str(e)
 
@@ -200,11 +200,11 @@ class Star:
 class _Board:
     """The group's store, as a board that ranks pin notes to."""
 
-    def __init__(self, group: Any, rank: int, me: RankInfo) -> None:
+    def __init__(self, store: Any, rank: int, me: RankInfo) -> None:
         self._rank = rank
+        self._store = store
         try:
-            self._store = store_of(group)
-            made = self._store.add(f"cloudckpt/made/{rank}", 1)  # all ranks make theirs in the same order
+            made = store.add(f"cloudckpt/made/{rank}", 1)  # all ranks make theirs in the same order
         except RuntimeError as e:
             raise RanksLostError(f"the store of the process group does not answer {me}: {e}") from e
         self._prefix = f"cloudckpt/{made}"
@@ -245,21 +245,6 @@ class _Board:
                 found: bytes = self._store.get(name)
                 return found
         return None
-
-
-def _require_gloo(group: dist.ProcessGroup | None) -> None:
-    config = dist.get_backend_config(group)
-    backends = dict(pair.split(":", 1) for pair in config.split(",") if ":" in pair)
-    if backends.get("cpu") != "gloo":
-        raise UsageError(
-            f"Collectives need a process group that has gloo for CPU tensors, and this one has {config}: it would "
-            'send objects through device memory. Make one with torch.distributed.new_group(backend="gloo")'
-        )
-
-
-def _timeout_of(group: Any) -> float:
-    options = group._get_backend(torch.device("cpu")).options
-    return float(options._timeout.total_seconds())
 
 
 def _tensor_over(message: bytearray) -> torch.Tensor:

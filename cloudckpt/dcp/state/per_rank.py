@@ -70,8 +70,8 @@ def look(metadata: Metadata, *, rank: int, world_size: int, missing: Literal["er
     if rank not in found and missing == "error":
         has = f"has it for {len(found)} ranks, {found[0]} to {found[-1]}" if found else "was saved without it"
         msg = (
-            f"nothing was saved per rank for rank {rank} of {world_size}: the checkpoint {has}; pass missing='none' "
-            "to load without"
+            f"nothing was saved per rank for rank {rank} of {world_size}: the checkpoint {has}; load with "
+            "missing_per_rank='none' to go on without"
         )
         raise MissingKeyError(msg)
     return Share(is_there=rank in found, left_out=tuple(number for number in found if number >= world_size))
