@@ -15,6 +15,9 @@ MANIFEST = "manifest.json"
 SHARDS = "shards/"
 """Where the data objects of all attempts lie."""
 
+PINS = "pins/"
+"""Where the pins of a run's steps lie, under its root."""
+
 ShardExt = Literal["safetensors", "frames"]
 
 SAFETENSORS: ShardExt = "safetensors"
@@ -74,6 +77,16 @@ def step_of(name: str) -> int | None:
     """The step whose checkpoint has that name, or None where it is no step's."""
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def pin_key(step: int) -> str:
+    """The key of a step's pin, relative to the root."""
+    return f"{PINS}{step_name(step)}"
+
+
+def step_of_pin(key: str) -> int | None:
+    """The step that a pin of that key keeps, or None where it is no pin."""
+    return step_of(key.removeprefix(PINS)) if key.startswith(PINS) else None
 
 
 def item_name(key: str, offsets: tuple[int, ...] | None) -> str:

@@ -119,13 +119,13 @@ def test_the_steps_that_are_kept_load_equal_while_everything_runs_at_once(s3, st
         while time.monotonic() < end:
             rounds += 1
             swept += len(sweep(root, grace_s=GRACE_S, dry_run=False, store=store_options).removed)
-            pruned += len(prune(root, KeepLast(KEPT), dry_run=False, store=store_options).removed)
+            pruned += len(prune(root, KeepLast(KEPT), dry_run=False, grace_s=0, store=store_options).removed)
             verified += is_newest_sound(root, store_options)
     assert min(rounds, swept, pruned, verified) > 0
     assert all(isinstance(lost, CommitConflictError | IntegrityError) for lost in training.lost), training.lost
     sweep(root, grace_s=GRACE_S, dry_run=False, store=store_options)
     assert orphans(root, store_options) == []
-    left = prune(root, KeepLast(KEPT), dry_run=False, store=store_options)
+    left = prune(root, KeepLast(KEPT), dry_run=False, grace_s=0, store=store_options)
     assert len(left.kept) == KEPT
     assert left.passed_over == {}
     for step in left.kept:

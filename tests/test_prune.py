@@ -4,7 +4,9 @@ import asyncio
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 
@@ -12,12 +14,27 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from cloudckpt.catalog import KeepEvery, KeepLast, newest_step, prune, rewrap, verify
+import cloudckpt
+from cloudckpt.catalog import (
+    KeepEvery,
+    KeepLast,
+    Known,
+    committed_steps,
+    listed_steps,
+    newest_step,
+    pin,
+    prune,
+    rewrap,
+    unpin,
+    verify,
+)
+from cloudckpt.catalog.pins import pin_in
 from cloudckpt.catalog.prune import prune_in
 from cloudckpt.catalog.sweep import Sweeping
 from cloudckpt.dcp import ObjectStoreWriter
 from cloudckpt.engine import commit, loop
 from cloudckpt.errors import (
+    CheckpointError,
     CheckpointNotFoundError,
     CommitConflictError,
     NotImplementedByStoreError,
@@ -27,7 +44,7 @@ from cloudckpt.errors import (
 from cloudckpt.extensions import AesGcm
 from cloudckpt.layout import shard_key
 from cloudckpt.manifest import parse, parse_summary
-from cloudckpt.store.memory import MemoryStore
+from cloudckpt.store.memory import MemoryStore, _Object
 from cloudckpt.store.protocols import IfMatch
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
 from cloudckpt.tombstone import encode_tombstone, swept_keys
@@ -55,8 +72,15 @@ async def places(store):
     return {key.partition("/")[0] for key in await keys(store)}
 
 
-async def pruned(store, policy, *, is_dry_run=False):
-    return await prune_in(store, policy, is_dry_run=is_dry_run)
+async def pruned(store, policy, *, is_dry_run=False, grace_s=0, known=None):
+    return await prune_in(store, policy, is_dry_run=is_dry_run, grace_s=grace_s, known=known)
+
+
+def age(store, **by):
+    """Makes all that lies there older by the server's clock."""
+    objects = MemoryStore(store.url.removeprefix("memory://"))._bucket.objects
+    for key, found in objects.items():
+        objects[key] = _Object(found.data, found.etag, found.modified - timedelta(**by))
 
 
 async def is_sound(store, step):
@@ -101,11 +125,13 @@ async def test_a_tombstone_goes_first_and_the_requests_are_those_promised():
     (shard,) = await keys(store, "step-1/shards")
     recording = RecordingStore(store)
     await pruned(recording, KeepLast(1))
-    at, asked = "step-1/manifest.json", recording.requests[5:-4]
+    at, asked = "step-1/manifest.json", recording.requests[5:-5]
     assert [method for method, _ in recording.requests[:5]].count("get_range") == 2
     assert len(asked) == 6
     assert all(not key.startswith("step-") for _, key in asked)
-    assert recording.requests[-4:] == [("get", at), ("put", at), ("delete", shard), ("delete_if", at)]
+    assert recording.requests[-5:] == [
+        ("get", at), ("list_objects", "pins/step-1"), ("put", at), ("delete", shard), ("delete_if", at),
+    ]  # fmt: skip
 
 
 async def test_a_step_is_absent_from_its_tombstone_on_which_names_exactly_its_shards():
@@ -292,7 +318,7 @@ async def test_another_prune_that_was_faster_is_no_error(method):
     class Racing(WrappedStore):
         async def before(self, called, key):
             if called == method and key.startswith("step-1/"):
-                await prune_in(self._store, KeepLast(1), is_dry_run=False)
+                await pruned(self._store, KeepLast(1))
 
     store = await saved(1, 2, 3)
     result = await pruned(Racing(store), KeepLast(1))
@@ -380,24 +406,196 @@ async def test_a_prune_that_is_cancelled_at_any_request_leaves_each_step_whole_o
         await assert_each_is_whole_or_gone(store, k)
 
 
-@pytest.mark.parametrize("make", [lambda: KeepLast(0), lambda: KeepEvery(steps=0)], ids=["last", "every"])
-def test_a_policy_that_keeps_nothing_is_refused(make):
-    with pytest.raises(UsageError):
-        make()
+# The grace.
+
+
+async def test_a_step_stays_until_a_newer_one_has_been_there_for_the_grace():
+    store = await saved(1, 2)
+    age(store, minutes=9)
+    result = await pruned(store, KeepLast(1), grace_s=600)
+    assert (result.removed, result.kept, result.in_grace) == ((), (2, 1), (1,))
+    age(store, minutes=2)
+    await asyncio.to_thread(save, store.url, 3)
+    result = await pruned(store, KeepLast(1), grace_s=600)
+    assert ([found.step for found in result.removed], result.kept, result.in_grace) == ([1], (3, 2), (2,))
+    assert await is_sound(store, 2)
+
+
+async def test_it_is_the_first_of_the_newer_ones_that_counts_and_not_the_newest():
+    store = await saved(1, 2)
+    age(store, minutes=11)
+    await asyncio.to_thread(save, store.url, 3)
+    await asyncio.to_thread(save, store.url, 4)
+    result = await pruned(store, KeepLast(1), grace_s=600)
+    assert ([found.step for found in result.removed], result.in_grace) == ([1], (3, 2))
+
+
+async def test_the_grace_goes_by_the_servers_clock():
+    class Ahead(WrappedStore):
+        """Its clock is an hour ahead of this machine's."""
+
+        async def list_objects(self, prefix=""):
+            async for found in super().list_objects(prefix):
+                yield replace(found, modified=found.modified + timedelta(hours=1))
+
+        async def head(self, key):
+            found = await super().head(key)
+            return replace(found, modified=found.modified + timedelta(hours=1))
+
+    store = await saved(1, 2)
+    age(store, minutes=11)
+    assert [found.step for found in (await pruned(Ahead(store), KeepLast(1), grace_s=600)).removed] == [1]
+
+
+async def test_without_a_grace_no_clock_matters():
+    store = await saved(1, 2)
+    age(store, hours=-1)  # as if the server's clock had been set back since
+    assert [found.step for found in (await pruned(store, KeepLast(1))).removed] == [1]
+
+
+async def test_a_negative_grace_is_refused():
+    for grace_s in (-1, float("nan")):
+        with pytest.raises(UsageError, match="negative"):
+            await pruned(MemoryStore(token_hex(6)), KeepLast(1), grace_s=grace_s)
+
+
+async def test_a_load_of_the_newest_step_is_not_broken_by_a_commit_and_a_prune_within_the_grace():
+    def read(opened):
+        return float(opened["w"][:].sum())
+
+    async def opened_and_superseded():
+        store = await saved(1, 2)
+        age(store, hours=1)
+        opened = await asyncio.to_thread(cloudckpt.open, f"{store.url}/step-{newest}")
+        await asyncio.to_thread(save, store.url, 3)
+        return store, opened
+
+    newest = 2
+    counting = RecordingStore((await opened_and_superseded())[0])
+    await pruned(counting, KeepLast(1), grace_s=600)
+    assert "put" in dict(counting.requests), "it removed step 1"
+    for k in range(len(counting.requests)):
+        store, opened = await opened_and_superseded()
+        sums = []
+
+        async def load(opened=opened, sums=sums):
+            sums.append(await asyncio.to_thread(read, opened))
+
+        result = await pruned(Meanwhile(store, k, load), KeepLast(1), grace_s=600)
+        await load()
+        assert (sums, result.in_grace) == ([80.0, 80.0], (2,)), k
+    await pruned(store, KeepLast(1))
+    with pytest.raises(CheckpointError):
+        await load()
+
+
+# Pins.
+
+
+async def test_a_pinned_step_stays_whatever_the_policy_says_until_it_is_unpinned():
+    store = await saved(1, 2, 3)
+    await pin_in(store, 1)
+    await store.put("pins/step-20", [memoryview(b"of another step")])
+    result = await pruned(store, KeepLast(1))
+    assert ([found.step for found in result.removed], result.kept, result.pinned) == ([2], (3, 1), (1,))
+    assert await is_sound(store, 1)
+    await asyncio.to_thread(unpin, store.url, 1)
+    assert (await pruned(store, KeepLast(1))).kept == (3,)
+    assert await places(store) == {"step-3", "pins"}
+
+
+async def test_a_pin_of_a_step_that_the_policy_keeps_is_not_told_of():
+    store = await saved(1, 2)
+    await pin_in(store, 1)
+    assert (await pruned(store, KeepLast(2))).pinned == ()
+
+
+async def test_a_pin_that_comes_before_the_tombstone_is_asked_for_is_honoured():
+    counting = RecordingStore(await saved(1, 2))
+    await pruned(counting, KeepLast(1))
+    looks_at = counting.requests.index(("list_objects", "pins/step-1"))
+    for k in range(looks_at + 1):
+        store = await saved(1, 2)
+
+        async def pin_it(store=store):
+            await pin_in(store, 1)
+
+        result = await pruned(Meanwhile(store, k, pin_it), KeepLast(1))
+        assert (result.removed, result.kept, result.pinned) == ((), (2, 1), (1,)), k
+        assert result.passed_over == {}
+        assert await is_sound(store, 1)
+
+
+# What is known from before.
+
+
+async def test_from_the_second_prune_on_a_summary_that_did_not_change_and_the_clock_are_not_asked_for_again():
+    store = await saved(1, 2, 3, 4)
+    recording, known = RecordingStore(store), Known()
+    await pruned(recording, KeepLast(3), known=known)
+    await asyncio.to_thread(save, store.url, 5)
+    recording.requests.clear()
+    result = await pruned(recording, KeepLast(3), known=known)
+    assert [found.step for found in result.removed] == [2]
+    methods = Counter(method for method, _ in recording.requests)
+    assert methods == {
+        "list_names": 1, "head": 4, "get_range": 1,
+        "get": 1, "list_objects": 1, "put": 1, "delete": 1, "delete_if": 1,
+    }  # fmt: skip
+    assert methods.total() == 11
+    assert [key for method, key in recording.requests if method == "get_range"] == ["step-5/manifest.json"]
+    recording.requests.clear()
+    assert (await pruned(recording, KeepLast(3), known=known)).kept == (5, 4, 3)
+    assert sorted(recording.requests) == [("head", f"step-{n}/manifest.json") for n in (3, 4, 5)] + [
+        ("list_names", "")
+    ]
+
+
+async def test_a_step_that_was_saved_again_is_read_again():
+    store, known = await saved(1, 2), Known()
+    await pruned(store, KeepLast(2), known=known)
+    await asyncio.to_thread(save, store.url, 1, overwrite=True)
+    again = (await pruned(store, KeepLast(1), known=known)).removed
+    assert [found.step for found in again] == [1]
+    assert await places(store) == {"step-2"}
+
+
+async def test_the_clock_that_is_known_goes_on():
+    store, known = await saved(1, 2), Known()
+    first = (await known.server(store)).now
+    second = (await known.server(store)).now
+    assert second > first
+    assert [key for key in await keys(store) if key.startswith("shards/")] == []
+
+
+def test_the_steps_that_are_committed_and_those_that_are_listed():
+    root = f"memory://{token_hex(6)}"
+    assert (committed_steps(root), listed_steps(root)) == ([], [])
+    save(root, 1, 2, 10)
+    store = MemoryStore(root.removeprefix("memory://"))
+    loop.run(lambda: store.delete(["step-2/manifest.json"]))
+    pin(root, 1)
+    assert committed_steps(root) == [1, 10]
+    assert listed_steps(root) == [10, 2, 1]
 
 
 def test_it_works_on_a_server(s3, store_options, root):
     save(root, 1, 2, 3, **s3)
-    assert [removed.step for removed in prune(root, KeepLast(1), store=store_options).removed] == [2, 1]
+    told = prune(root, KeepLast(1), grace_s=0, store=store_options)
+    assert [removed.step for removed in told.removed] == [2, 1]
     assert newest_step(root, store_options) == 3
-    assert prune(root, KeepLast(2), dry_run=False, store=store_options).kept == (3, 2)
+    assert prune(root, KeepLast(2), dry_run=False, grace_s=0, store=store_options).kept == (3, 2)
     assert verify(f"{root}/step-2", deep=True, store=store_options).is_sound
-    assert prune(root, KeepLast(1), dry_run=False, store=store_options).kept == (3,)
+    pin(root, 2, store=store_options)
+    assert prune(root, KeepLast(1), dry_run=False, grace_s=0, store=store_options).pinned == (2,)
+    unpin(root, 2, store=store_options)
+    assert prune(root, KeepLast(1), dry_run=False, store=store_options).in_grace == (2,)
+    assert prune(root, KeepLast(1), dry_run=False, grace_s=0, store=store_options).kept == (3,)
 
 
 def test_it_works_on_files(tmp_path):
     save(f"file://{tmp_path}", 1, 2)
-    prune(f"file://{tmp_path}", KeepLast(1), dry_run=False)
+    prune(f"file://{tmp_path}", KeepLast(1), dry_run=False, grace_s=0)
     assert [path.name for path in tmp_path.rglob("manifest.json")] == ["manifest.json"]
     assert verify(f"file://{tmp_path}/step-2", deep=True).is_sound
     assert list(tmp_path.glob("step-1/shards/*/*")) == []
@@ -413,7 +611,9 @@ def typed(*args):
 def test_the_command_shows_a_plan_and_needs_a_yes(tmp_path):
     root = f"file://{tmp_path}"
     save(root, 1, 2, 3, 4)
-    plan = typed("prune", root, "--keep-last", "1", "--keep-every", "2")
+    assert "step 2: it was the newest within the grace" in typed("prune", root, "--keep-last", "1").stdout
+    options = ("--keep-last", "1", "--keep-every", "2", "--grace", "0")
+    plan = typed("prune", root, *options)
     assert plan.returncode == 0
     assert [line.split(" (")[0] for line in plan.stdout.splitlines()] == [
         "would remove step 3", "would remove step 1",
@@ -421,7 +621,7 @@ def test_the_command_shows_a_plan_and_needs_a_yes(tmp_path):
     assert "--yes" in plan.stderr
     assert newest_step(root) == 4
     assert verify(f"{root}/step-1").is_sound
-    done = typed("prune", root, "--keep-last", "1", "--keep-every", "2", "--yes", "--json")
+    done = typed("prune", root, *options, "--yes", "--json")
     told = json.loads(done.stdout)
     assert (told["kept"], [removed["step"] for removed in told["removed"]]) == ([4, 2], [3, 1])
     assert not (tmp_path / "step-1/manifest.json").exists()

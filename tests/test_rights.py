@@ -139,7 +139,7 @@ def sweep(root, options):
 
 
 def prune(root, options):
-    catalog.prune(root, catalog.KeepLast(1), dry_run=False, store=store(options))
+    catalog.prune(root, catalog.KeepLast(1), dry_run=False, grace_s=0, store=store(options))
 
 
 def rebuild(root, options):

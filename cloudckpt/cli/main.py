@@ -8,9 +8,12 @@ import click
 _COMMANDS = {
     "demo": ("cloudckpt.cli.demo", "Fine-tune a real model, kill it in mid-save, resume from S3."),
     "bench": ("cloudckpt.cli.bench", "Measure saves and loads beside PyTorch's own, on any S3 server."),
+    "bench-async": ("cloudckpt.cli.bench.async_command", "Measure what saves behind training take of it."),
+    "pin": ("cloudckpt.cli.pin", "Keep steps until they are unpinned, or show those that are."),
     "prune": ("cloudckpt.cli.prune", "Remove old steps by policy."),
     "rebuild": ("cloudckpt.cli.rebuild", "Make a new manifest for plain shards that lost theirs."),
     "sweep": ("cloudckpt.cli.sweep", "Remove what saves that never committed left behind."),
+    "unpin": ("cloudckpt.cli.unpin", "Leave pinned steps to `prune` again."),
     "verify": ("cloudckpt.cli.verify", "Tell whether a checkpoint is whole."),
 }
 

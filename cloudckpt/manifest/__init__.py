@@ -3,6 +3,7 @@
 Law: pure. Parse at the border and report every problem at once; `docs/format.md` leads, this follows.
 """
 
+from cloudckpt.manifest.metrics import MAX_METRIC_NAME_NBYTES, MAX_METRICS, check_metrics
 from cloudckpt.manifest.places import overlap_problems
 from cloudckpt.manifest.problems import entry_problems, find_problems, frame_problems, shape_problem, shard_problems
 from cloudckpt.manifest.structs import (
@@ -30,6 +31,8 @@ from cloudckpt.manifest.tiling import tiling_problem
 
 __all__ = [
     "FORMAT",
+    "MAX_METRICS",
+    "MAX_METRIC_NAME_NBYTES",
     "SUMMARY_NBYTES",
     "VERSION",
     "BytesEntry",
@@ -45,6 +48,7 @@ __all__ = [
     "TensorEntry",
     "ValueEntry",
     "authenticated",
+    "check_metrics",
     "encode",
     "encode_tombstone",
     "entry_problems",

@@ -33,6 +33,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
         stored_nbytes: bytes of all shards.
         is_tombstone: `sweep` put this where no manifest was: no checkpoint is here, nor will the attempt that
             was swept become one.
+        metrics: what the step measured, where the writer was told: at most `metrics.MAX_METRICS` finite numbers.
     """
 
     format: Literal["cloudckpt"]
@@ -47,6 +48,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     entry_count: int = 0
     chunk_count: int = 0
     is_tombstone: bool = False
+    metrics: dict[str, float] = {}  # msgspec makes a new one for each
 
 
 class Shard(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ Law: pure. Parse at the border and report every problem at once.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from typing import NoReturn
@@ -105,6 +106,9 @@ def parse_summary(head: bytes, where: str) -> Summary:
         if isinstance(version, int) and version != VERSION:
             raise _unsupported(version, where)
         summary = msgspec.convert(raw, Summary)
+        if not all(map(math.isfinite, summary.metrics.values())):  # Python's JSON has words for these
+            msg = f"summary: its metrics {summary.metrics} are not finite numbers"
+            raise ValueError(msg)
     except UnsupportedVersionError:
         raise
     except _UNREADABLE as e:
