@@ -7,6 +7,7 @@ SERVER ?= seaweedfs
 SCHEME ?= http
 FUZZ ?= manifest safetensors zip frames http
 FUZZ_S ?= 60
+KILLS ?= 50
 
 BIN := .venv/bin
 READY := .venv/ready
@@ -17,7 +18,7 @@ BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
 BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
 BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format faults bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
+.PHONY: demo test lint format faults kills bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
@@ -36,6 +37,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 bench: bench-on-$(SERVER) ## save and load beside others; SERVER: seaweedfs, rgw (root; SCHEME=https), null, null-tls, cloud
+
+bench-async: $(READY) ## what saves behind training take of it, beside torch's async_save; BENCH="--rounds 5 --json FILE"
+	PYTHON=$(BIN)/python localstack/seaweedfs.sh install
+	localstack/seaweedfs.sh start $(BENCH_DIR) $(BENCH_PORT)
+	$(BENCH_http) AWS_ACCESS_KEY_ID=testing AWS_SECRET_ACCESS_KEY=testingsecret AWS_REGION=us-east-1 \
+	$(BIN)/cloudckpt bench-async s3://bench/run --create-bucket $(BENCH); \
+	status=$$?; localstack/seaweedfs.sh stop $(BENCH_DIR); rm -rf $(BENCH_DIR); exit $$status
 
 bench-on-null bench-on-null-tls bench-on-cloud: $(READY)
 	$(BENCH_COMMAND) --server $(@:bench-on-%=%) $(BENCH)
@@ -57,6 +65,9 @@ fuzz: $(READY) ## hostile input for each reader named in FUZZ, FUZZ_S seconds ea
 faults: $(READY) servers ## every fault at every request, every kill, much damage, on the servers named in SERVERS: hours
 	SERVERS="$(SERVERS)" FAULT_CASES=all FAULT_KILLS=all FAULT_SAVES=500 DAMAGE=10 \
 	$(BIN)/python -m pytest -s tests/test_fault_matrix.py tests/test_endurance.py tests/test_damage.py
+
+kills: $(READY) servers ## kill -9 at a random moment of KILLS trainings, on the servers named in SERVERS; each goes on to the same losses
+	SERVERS="$(SERVERS)" KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kills.py
 
 servers: $(READY)
 	@for name in $(SERVERS); do \

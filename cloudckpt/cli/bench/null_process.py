@@ -42,10 +42,12 @@ class Address:
     Attributes:
         url: its endpoint.
         ca_file: the certificate to trust, or None over http.
+        pid: of its process.
     """
 
     url: str
     ca_file: str | None
+    pid: int
 
     @property
     def environ(self) -> dict[str, str]:
@@ -89,7 +91,7 @@ def _serve(pipe: "Connection[Any, Any]", kind: Kind) -> None:
         server = NullServer(kind.shape, tls)
         threading.Thread(target=server.serve, daemon=True).start()
         with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
-            pipe.send(Address(url=server.url, ca_file=pem))
+            pipe.send(Address(url=server.url, ca_file=pem, pid=os.getpid()))
             pipe.recv()  # nothing ever comes but the end
     os._exit(0)
 

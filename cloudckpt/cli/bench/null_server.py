@@ -29,10 +29,12 @@ class Shape:
     Attributes:
         latency_s: before the reply to each request.
         bytes_per_s: of each connection, in either direction; None where nothing holds them up.
+        total_bytes_per_s: of all connections together, likewise.
     """
 
     latency_s: float = 0.0
     bytes_per_s: float | None = None
+    total_bytes_per_s: float | None = None
 
 
 CLOUD = Shape(latency_s=0.02, bytes_per_s=90e6)
@@ -77,6 +79,7 @@ class NullServer:
         self._shape = shape
         self._tls = tls
         self._objects = NullObjects()
+        self._line = Line(shape.total_bytes_per_s)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._socket.getsockname()[1]}"
 
@@ -92,15 +95,19 @@ class NullServer:
             if self._tls is not None:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             with connection:
-                _Connection(connection, self._shape, self._objects).serve()
+                _Connection(connection, self._shape, self._line, self._objects).serve()
 
 
 class _Connection:
-    def __init__(self, connection: socket.socket, shape: Shape, objects: NullObjects) -> None:
+    def __init__(self, connection: socket.socket, shape: Shape, line: "Line", objects: NullObjects) -> None:
         self._socket = connection
         self._latency_s = shape.latency_s
         self._pace = Pace(shape.bytes_per_s)
-        self._chunk = _CHUNK if shape.bytes_per_s is None else _PACED_CHUNK
+        self._line = line
+        is_paced = shape.bytes_per_s is not None or shape.total_bytes_per_s is not None
+        self._chunk = _PACED_CHUNK if is_paced else _CHUNK
+        # man 7 tcp: not copied; man 2 recv: woken once for all of it, which on a slow line comes in many pieces
+        self._waste_flags = socket.MSG_TRUNC | (socket.MSG_WAITALL if shape.total_bytes_per_s else 0)
         self._objects = objects
         self._unread = b""
         self._waste = memoryview(bytearray(_CHUNK))
@@ -152,14 +159,15 @@ class _Connection:
         return bytes(kept)
 
     def _wait(self, nbytes: int) -> None:
-        delay_s = self._pace.spend(nbytes, monotonic())
+        now = monotonic()
+        delay_s = max(self._pace.spend(nbytes, now), self._line.spend(nbytes, now))
         if delay_s:
             sleep(delay_s)
 
     def _waste_some(self, nbytes: int) -> int:
         if isinstance(self._socket, ssl.SSLSocket):
             return self._socket.recv_into(self._waste, nbytes)
-        return self._socket.recv_into(self._waste, nbytes, socket.MSG_TRUNC)  # man 7 tcp: not copied
+        return self._socket.recv_into(self._waste, nbytes, self._waste_flags)
 
     def _answer(self, request: _Request, kept: bytes) -> _Reply:
         query, objects = request.query, self._objects
@@ -260,6 +268,20 @@ class Pace:
         """Takes note of bytes that passed, and returns how long to wait; what was overslept is made up for."""
         self._due = max(self._due, now - _MOST_CREDIT_S) + nbytes * self._s_per_byte
         return max(0.0, self._due - now)
+
+
+class Line:
+    """A `Pace` that all connections share, as they would a network: who sends first goes first."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        """Takes the rate; None where nothing is held up."""
+        self._pace = Pace(bytes_per_s)
+        self._lock = threading.Lock()
+
+    def spend(self, nbytes: int, now: float) -> float:
+        """See `Pace.spend`."""
+        with self._lock:
+            return self._pace.spend(nbytes, now)
 
 
 def _xml(text: str) -> _Reply:
