@@ -17,15 +17,29 @@ BUCKET = "checkpoints"
 @pytest.fixture(scope="session", params=chosen())
 def server(request, tmp_path_factory):
     """A running S3 server; the tests that use it run once for each kind in ``SERVERS``."""
-    missing = available(request.param)
+    yield from running(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def one_server(tmp_path_factory):
+    """A running S3 server of the first kind, for what is long and does not hang on the kind of server.
+
+    A module makes it its ``server`` by a fixture of that name.
+    """
+    yield from running(chosen()[0], tmp_path_factory)
+
+
+def running(name, tmp_path_factory):
+    """Starts a server, and stops it after."""
+    missing = available(name)
     if missing:
-        pytest.fail(f"the server {request.param} was asked for and cannot be started: {missing}")
-    running = start_server(request.param, tmp_path_factory.mktemp(request.param))
+        pytest.fail(f"the server {name} was asked for and cannot be started: {missing}")
+    started = start_server(name, tmp_path_factory.mktemp(name))
     try:
-        client_of(running).create_bucket(Bucket=BUCKET)
-        yield running
+        client_of(started).create_bucket(Bucket=BUCKET)
+        yield started
     finally:
-        running.stop()
+        started.stop()
 
 
 def client_of(server):

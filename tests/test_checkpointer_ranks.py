@@ -47,6 +47,11 @@ def run_ranks(count, folder, config, *cases):
 
 
 @pytest.fixture(scope="module")
+def server(one_server):
+    return one_server
+
+
+@pytest.fixture(scope="module")
 def config(server):
     return {"url": f"s3://checkpoints/ranks-{token_hex(4)}", "s3": s3_of(server)}
 

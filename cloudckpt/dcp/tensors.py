@@ -67,6 +67,11 @@ class TensorSource:
             self._ready = torch.cuda.current_stream(tensor.device).record_event()
             self._side = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
 
+    @property
+    def address(self) -> int | None:
+        """Of its first byte, where its bytes lie in host memory in order; None where they do not."""
+        return None if self._memory is None else self._tensor.data_ptr()
+
     def scratch_nbytes(self, at: Range) -> int:
         """See `Source.scratch_nbytes`."""
         return 0 if self._memory is not None else len(self._elements(at)) * self._tensor.itemsize
@@ -152,12 +157,13 @@ class TensorSink:
             out = out.narrow(axis, start, size)
         same = out.dtype == self._stored and not out.is_conj() and not out.is_neg()
         dtype = RAW[self._stored.itemsize] if same else self._stored
-        if data.readonly or _address_of(data) % dtype.itemsize:
+        if data.readonly or address_of(data) % dtype.itemsize:
             # torch warns of read-only memory, and dies of complex128 that is not aligned
             data = memoryview(bytearray(data))
         rows = torch.frombuffer(data, dtype=dtype).as_strided(region.sizes, strides_of(self._chunk_shape, 1))
         (out.view(dtype) if same else out).copy_(rows)
 
 
-def _address_of(data: memoryview) -> int:
+def address_of(data: memoryview) -> int:
+    """Where these bytes lie; 0 for none."""
     return torch.frombuffer(data, dtype=torch.uint8).data_ptr() if len(data) else 0

@@ -25,6 +25,14 @@ class Deadline:
         """Seconds until then, or 0."""
         return max(0.0, self._end - time.monotonic())
 
+    def __getstate__(self) -> tuple[float, float]:
+        """For another process, whose clock may be another: what is left."""
+        return self._seconds, self.left_s
+
+    def __setstate__(self, state: tuple[float, float]) -> None:
+        self._seconds, left = state
+        self._end = time.monotonic() + left
+
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
         """Breaks off what runs in this context at the deadline.

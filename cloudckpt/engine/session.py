@@ -18,12 +18,17 @@ T = TypeVar("T")
 
 
 class Session:
-    """A way to a store; a context manager. Safe to use from several threads, and after a fork."""
+    """A way to a store; a context manager. Safe to use from several threads, and after a fork.
+
+    Attributes:
+        url: that the store is rooted at.
+        options: how to reach it.
+    """
 
     def __init__(self, url: str, options: StoreOptions) -> None:
         """Opens nothing yet."""
         self.url = url
-        self._options = options
+        self.options = options
         self._is_closed = False
 
     def run(self, action: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
@@ -39,8 +44,8 @@ class Session:
 
         async def with_store() -> T:
             async with (
-                other_lanes(self.url, self._options) as others,
-                open_store(self.url, self._options, keeps_client=True, others=others) as store,
+                other_lanes(self.url, self.options) as others,
+                open_store(self.url, self.options, keeps_client=True, others=others) as store,
             ):
                 return await action(store)
 

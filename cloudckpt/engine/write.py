@@ -152,7 +152,7 @@ class ShardWriter:
                 order = sorted(uploads, key=lambda upload: isinstance(upload, PlainUpload))
                 tasks = {upload: group.create_task(upload.run()) for upload in order}
         except BaseException:
-            await shielded(lambda: self._remove([plan.key for plan in plans]))
+            await shielded(lambda: self.remove([plan.key for plan in plans]))
             raise
         return [tasks[upload].result() for upload in uploads]
 
@@ -163,7 +163,8 @@ class ShardWriter:
             plan, plan.chain.start_shard(self._scratch), planned_frames(plan, items), sources, self._means
         )
 
-    async def _remove(self, keys: Sequence[str]) -> None:
+    async def remove(self, keys: Sequence[str]) -> None:
+        """Deletes these shards, and aborts uploads of them. What cannot be removed stays, and is told in the log."""
         try:
             async with asyncio.timeout(CLEAN_UP_S):
                 await self._store.delete(keys)

@@ -75,6 +75,13 @@ class Stager:
         with self._lock:
             return sum(buffer.nbytes for buffer in (*self._free, *self._used))
 
+    @property
+    def memories(self) -> list[torch.Tensor]:
+        """The pieces of memory held, in use or not; with ``share``, those that staged tensors lie in."""
+        with self._lock:
+            held = [buffer.memory for buffer in (*self._free, *self._used)]
+        return [memory for memory in held if memory is not None]
+
     def stage(self, state_dict: dict[str, Any]) -> "Staged":
         """Copies a state dict; on return it may change.
 
