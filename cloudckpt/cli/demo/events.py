@@ -23,12 +23,10 @@ class Built(msgspec.Struct, frozen=True, kw_only=True, tag="built"):
 
 
 class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
-    """A checkpoint was loaded; ``requests`` and ``nbytes`` are those of rank 0."""
+    """A checkpoint was loaded, on all ranks."""
 
     step: int
     seconds: float
-    requests: int
-    nbytes: int
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
@@ -39,19 +37,32 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True, tag="stepped"):
 
 
 class Saving(msgspec.Struct, frozen=True, kw_only=True, tag="saving"):
-    """All ranks are about to call ``dcp.save``."""
+    """A save is about to begin: the state dict will be copied once the save before is over."""
 
     step: int
 
 
-class Saved(msgspec.Struct, frozen=True, kw_only=True, tag="saved"):
-    """``dcp.save`` returned."""
+class Staged(msgspec.Struct, frozen=True, kw_only=True, tag="staged"):
+    """The state dict was copied, and training goes on; it waited ``seconds``."""
 
     step: int
     seconds: float
 
 
-Event = Ready | Built | Loaded | Stepped | Saving | Saved
+class Uploaded(msgspec.Struct, frozen=True, kw_only=True, tag="uploaded"):
+    """The shards of all ranks are up, and the manifest is not."""
+
+    step: int
+
+
+class Saved(msgspec.Struct, frozen=True, kw_only=True, tag="saved"):
+    """The save is committed, ``seconds`` after it began."""
+
+    step: int
+    seconds: float
+
+
+Event = Ready | Built | Loaded | Stepped | Saving | Staged | Uploaded | Saved
 
 E = TypeVar("E", bound=Event)
 

@@ -4,12 +4,22 @@ Law: pure; numbers first, then how they are said.
 """
 
 from dataclasses import dataclass
+from statistics import median
 
 import msgspec
 
 from cloudckpt.cli.demo.events import Loaded
-from cloudckpt.cli.demo.runs import RANKS, Settings
+from cloudckpt.cli.demo.runs import KEPT, RANKS, Settings
 from cloudckpt.cli.demo.watch import Sighting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undisturbed:
+    """A run from the beginning to the end: its losses, and of each save how long it took and training waited."""
+
+    losses: dict[int, str]
+    saved_s: list[float]
+    waited_s: list[float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,9 +33,10 @@ class Death:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """A run that went on from a checkpoint."""
+    """A run that went on from a checkpoint, and the steps that are committed at its end."""
 
     loaded: Loaded
+    steps: list[int]
     losses: dict[int, str]
 
 
@@ -48,11 +59,14 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     shards_at_death: int
     resumed_from: int
     load_seconds: float
+    steps_at_the_end: list[int]
     resumed_steps: int
     steps_that_differ: list[int]
     rows_fetched_nbytes: int
     rows_tensor_nbytes: int
     rows_are_equal: bool
+    waited_ms: float
+    saved_ms: float
     seconds: float
 
     @property
@@ -77,6 +91,11 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
                 f"{same} of {self.steps}, {self.resumed_steps} of them after the resume",
             ),
             (
+                "training waited for a save",
+                f"{self.waited_ms:.0f} ms of the {self.saved_ms:.0f} that it took",
+            ),
+            ("steps kept", f"{', '.join(map(str, self.steps_at_the_end))}, by KeepLast({KEPT})"),
+            (
                 "bytes fetched for ten rows",
                 f"{self.rows_fetched_nbytes:,} of {self.rows_tensor_nbytes:,} ({share:.2f} %), {verdict}",
             ),
@@ -85,32 +104,36 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def findings_of(
-    settings: Settings, before: dict[int, str], death: Death, resumed: Resumed, rows: Rows, *, seconds: float
+    settings: Settings, before: Undisturbed, death: Death, resumed: Resumed, rows: Rows, *, seconds: float
 ) -> Findings:
     """Puts the findings together.
 
     Args:
         settings: of the training.
-        before: the loss of each step of the undisturbed run, as `float.hex` spells it.
+        before: the undisturbed run; its losses are as `float.hex` spells them.
         death: of the second run.
         resumed: what became of it.
         rows: read from its last checkpoint.
         seconds: that the demo took.
     """
-    differ = {s for s, bits in before.items() if resumed.losses.get(s, death.losses.get(s)) != bits}
-    differ |= {s for s, bits in death.losses.items() if before.get(s) != bits}
+    curve = before.losses
+    differ = {s for s, bits in curve.items() if resumed.losses.get(s, death.losses.get(s)) != bits}
+    differ |= {s for s, bits in death.losses.items() if curve.get(s) != bits}
     return Findings(
         steps=settings.steps,
-        first_loss=float.fromhex(before[1]),
-        last_loss=float.fromhex(before[settings.steps]),
+        first_loss=float.fromhex(curve[1]),
+        last_loss=float.fromhex(curve[settings.steps]),
         killed_in_save_of=death.step,
         shards_at_death=death.seen.shards,
         resumed_from=resumed.loaded.step,
         load_seconds=round(resumed.loaded.seconds, 3),
+        steps_at_the_end=resumed.steps,
         resumed_steps=len(resumed.losses),
         steps_that_differ=sorted(differ),
         rows_fetched_nbytes=rows.fetched_nbytes,
         rows_tensor_nbytes=rows.tensor_nbytes,
         rows_are_equal=rows.is_equal,
+        waited_ms=round(1000 * median(before.waited_s)),
+        saved_ms=round(1000 * median(before.saved_s)),
         seconds=round(seconds, 1),
     )

@@ -15,9 +15,9 @@ import msgspec
 
 import cloudckpt
 from cloudckpt.array import Array
-from cloudckpt.catalog import newest_step, step_url
-from cloudckpt.cli.demo.events import Built, Event, Loaded, Saved, Saving, Stepped
-from cloudckpt.cli.demo.findings import Death, Resumed, Rows, findings_of
+from cloudckpt.catalog import committed_steps, newest_step, step_url
+from cloudckpt.cli.demo.events import Built, Event, Loaded, Saved, Saving, Staged, Stepped
+from cloudckpt.cli.demo.findings import Death, Resumed, Rows, Undisturbed, findings_of
 from cloudckpt.cli.demo.runs import RANKS, Settings, Training
 from cloudckpt.cli.demo.screen import Screen
 from cloudckpt.cli.demo.watch import Sighting, is_used, look, unfinished_uploads, wait_for_shard
@@ -59,7 +59,7 @@ def run(settings: Settings, url: str | None, *, as_json: bool) -> None:
         death = _die(rough, settings, place, screen)
         _look_at_the_dead(rough, death, place, screen)
         resumed = _resume(rough, settings, place, screen)
-        screen.curves(before, death.losses, resumed.losses, death.step)
+        screen.curves(before.losses, death.losses, resumed.losses)
         rows = _read_rows(rough, settings, place, screen)
     found = findings_of(settings, before, death, resumed, rows, seconds=perf_counter() - began)
     if as_json:
@@ -98,37 +98,43 @@ def _refuse_used(root: str, place: Place) -> None:
         raise click.BadParameter(msg, param_hint="--url")
 
 
-def _train(root: str, settings: Settings, place: Place, screen: Screen) -> dict[int, str]:
+def _train(root: str, settings: Settings, place: Place, screen: Screen) -> Undisturbed:
     screen.head("1. An undisturbed run")
-    screen.say(f"all-MiniLM-L6-v2 under FSDP2 on {RANKS} ranks, to {root}/step-N")
-    losses: dict[int, str] = {}
+    screen.say(f"all-MiniLM-L6-v2 under FSDP2 on {RANKS} ranks, to {root}/step-N, each save behind training")
+    found = Undisturbed(losses={}, saved_s=[], waited_s=[])
     with (
         Training(root, settings, place.environ) as training,
         screen.steps(settings.steps) as move,
     ):
         for event in training.events():
-            _show(event, losses, screen, move)
-    return losses
+            _show(event, found.losses, screen, move)
+            if isinstance(event, Staged):
+                found.waited_s.append(event.seconds)
+            if isinstance(event, Saved):
+                found.saved_s.append(event.seconds)
+    return found
 
 
 def _die(root: str, settings: Settings, place: Place, screen: Screen) -> Death:
     screen.head("2. A second run, killed in the middle of a save")
     screen.say(f"the same training, to {root}/step-N")
     losses: dict[int, str] = {}
-    committed = 0
+    death: Death | None = None
+    saves = 0
     with (
         Training(root, settings, place.environ) as training,
         screen.steps(settings.steps) as move,
     ):
-        for event in training.events():
+        for event in training.events():  # once killed, what it had told by then
             _show(event, losses, screen, move)
-            committed += isinstance(event, Saved)
-            if isinstance(event, Saving) and committed:
+            saves += isinstance(event, Saving)
+            if isinstance(event, Saving) and saves > 1 and death is None:
                 seen = _kill_in_mid_save(training, step_url(root, event.step), place)
-                if seen is not None:
-                    return Death(step=event.step, seen=seen, losses=losses)
-    msg = "every save was over before it could be killed; a slower store, or more --steps, would show it"
-    raise click.ClickException(msg)
+                death = None if seen is None else Death(step=event.step, seen=seen, losses=losses)
+    if death is None:
+        msg = "every save was over before it could be killed; a slower store, or more --steps, would show it"
+        raise click.ClickException(msg)
+    return death
 
 
 def _kill_in_mid_save(training: Training, url: str, place: Place) -> Sighting | None:
@@ -178,7 +184,7 @@ def _resume(root: str, settings: Settings, place: Place, screen: Screen) -> Resu
     if loaded is None:
         msg = "the resumed run told of no load"
         raise click.ClickException(msg)
-    return Resumed(loaded=loaded, losses=losses)
+    return Resumed(loaded=loaded, losses=losses, steps=committed_steps(root, place.store))
 
 
 def _read_rows(root: str, settings: Settings, place: Place, screen: Screen) -> Rows:
@@ -211,7 +217,7 @@ def _show(event: Event, losses: dict[int, str], screen: Screen, move: Callable[[
             trained, frozen = event.trained / 1e6, (event.parameters - event.trained) / 1e6
             move(0, f"{trained:.1f} M parameters to train, {frozen:.1f} M frozen")
         case Loaded():
-            screen.say(f"loaded step {event.step} in {event.seconds:.1f} s ({event.requests} requests on rank 0)")
+            screen.say(f"loaded step {event.step} in {event.seconds:.1f} s")
             move(event.step, "loaded")
         case Stepped():
             losses[event.step] = event.loss
@@ -220,6 +226,8 @@ def _show(event: Event, losses: dict[int, str], screen: Screen, move: Callable[[
             move(event.step, f"saving step {event.step}")
         case Saved():
             screen.say(f"saved step {event.step} in {event.seconds:.1f} s")
+        case Staged():
+            move(event.step, f"step {event.step} copied, training goes on")
         case _:
             pass
 

@@ -20,6 +20,8 @@ import click
 from cloudckpt.cli.demo.events import Event, Ready, from_line
 
 RANKS = 2
+KEPT = 2
+"""Steps that stay when a newer one is committed."""
 
 _STOP_S = 10
 _TAIL_LINES = 80
@@ -40,10 +42,16 @@ class Settings:
 
 
 class Training:
-    """A run of `cloudckpt.cli.demo.train` on `RANKS` ranks; a context manager that leaves no process behind."""
+    """A run of the training on `RANKS` ranks; a context manager that leaves no process behind."""
 
     def __init__(
-        self, root: str, settings: Settings, environ: Mapping[str, str], *, is_resumed: bool = False
+        self,
+        root: str,
+        settings: Settings,
+        environ: Mapping[str, str],
+        *,
+        is_resumed: bool = False,
+        module: str = "cloudckpt.cli.demo.train",
     ) -> None:
         """Starts nothing yet.
 
@@ -52,10 +60,13 @@ class Training:
             settings: of the training.
             environ: of the processes.
             is_resumed: begin with the newest committed step.
+            module: that the ranks run.
         """
-        self._command = _command_line(root, settings, is_resumed=is_resumed)
+        self._command = _command_line(module, root, settings, is_resumed=is_resumed)
         self._environ = _environ_of_ranks(environ)
         self._groups: list[int] = []
+        self._ranks: dict[int, int] = {}
+        self._was_killed = False
 
     def __enter__(self) -> Self:
         self._errors = tempfile.TemporaryFile()
@@ -81,14 +92,18 @@ class Training:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_S)
         if self._process.returncode != 0:
-            self.kill()
+            self._signal(signal.SIGKILL)
+            with suppress(ValueError):  # stdout was read to its end before
+                self._process.communicate(timeout=_STOP_S)  # its end is the death of the last process that held it
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._errors.close()
 
     def events(self) -> Iterator[Event]:
-        """Yields what the ranks tell, until they are done.
+        """Yields what the ranks tell, until they are done; of a run that was killed, what they had told by then.
 
         Raises:
-            click.ClickException: the run failed; shows the end of what it wrote to stderr.
+            click.ClickException: the run failed of itself; shows the end of what it wrote to stderr.
         """
         if self._process.stdout is None:
             return
@@ -96,10 +111,11 @@ class Training:
             event = from_line(line)
             if isinstance(event, Ready):
                 self._groups.append(event.pid)  # torchrun gives each rank a session of its own
+                self._ranks[event.rank] = event.pid
             if event is not None:
                 yield event
-        if self._process.wait() != 0:
-            msg = f"the training failed (exit status {self._process.returncode}):\n{self._tail()}"
+        if self._process.wait() != 0 and not self._was_killed:
+            msg = f"the training failed (exit status {self._process.returncode}):\n{self.tail()}"
             raise click.ClickException(msg)
 
     def is_running(self) -> bool:
@@ -115,26 +131,32 @@ class Training:
         self._signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL to torchrun and all ranks; returns when they are gone."""
+        """SIGKILL to torchrun and all ranks."""
+        self._was_killed = True
         self._signal(signal.SIGKILL)
-        with suppress(ValueError):  # stdout was read to its end before
-            self._process.communicate(timeout=_STOP_S)  # its end is the death of the last process that held it
         self._groups.clear()
+
+    def kill_rank(self, rank: int) -> None:
+        """SIGKILL to one rank, which torchrun answers by ending the others."""
+        self._was_killed = True
+        with suppress(ProcessLookupError):
+            os.kill(self._ranks[rank], signal.SIGKILL)
+
+    def tail(self) -> str:
+        """The end of what the run wrote to stderr."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-_TAIL_LINES:])
 
     def _signal(self, number: signal.Signals) -> None:
         for group in self._groups:
             with suppress(ProcessLookupError, PermissionError):  # macOS says EPERM of a group of zombies
                 os.killpg(group, number)
 
-    def _tail(self) -> str:
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").splitlines()
-        return "\n".join(lines[-_TAIL_LINES:])
 
-
-def _command_line(root: str, settings: Settings, *, is_resumed: bool) -> list[str]:
+def _command_line(module: str, root: str, settings: Settings, *, is_resumed: bool) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    script = ["-m", "cloudckpt.cli.demo.train", f"--root={root}", f"--model={settings.model}"]
+    script = ["-m", module, f"--root={root}", f"--model={settings.model}"]
     numbers = [f"--steps={settings.steps}", f"--save-every={settings.save_every}", f"--seed={settings.seed}"]
     return [*launcher, *script, *numbers, *(["--resume"] if is_resumed else [])]
 

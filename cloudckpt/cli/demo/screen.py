@@ -41,9 +41,7 @@ class Screen:
             task = bar.add_task("starting two ranks", total=total)
             yield lambda done, remark: bar.update(task, completed=done, description=remark)
 
-    def curves(
-        self, before: Mapping[int, str], dead: Mapping[int, str], resumed: Mapping[int, str], killed_at: int
-    ) -> None:
+    def curves(self, before: Mapping[int, str], dead: Mapping[int, str], resumed: Mapping[int, str]) -> None:
         """The losses of the runs side by side, every bit of them."""
         table = Table(box=box.SIMPLE, pad_edge=False)
         for name in ("step", "undisturbed", "killed", "resumed", ""):
@@ -52,7 +50,7 @@ class Screen:
             others = {run[step] for run in (dead, resumed) if step in run}
             verdict = "[green]same bits[/green]" if others == {bits} else "[bold red]differs[/bold red]"
             cells = [_trimmed(run[step]) if step in run else "" for run in (before, dead, resumed)]
-            table.add_row(str(step), *cells, verdict + (", then killed" if step == killed_at else ""))
+            table.add_row(str(step), *cells, verdict + (", then killed" if step == max(dead) else ""))
         self._talk.print(table)
 
     def summary(self, rows: Sequence[tuple[str, str]]) -> None:

@@ -6,24 +6,32 @@ a resumed run repeats an undisturbed one bit for bit.
 
 import argparse
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cloudckpt.catalog import newest_step, step_url
-from cloudckpt.cli.demo.events import Built, Event, Loaded, Ready, Saved, Saving, Stepped, to_line
+from cloudckpt.cli.demo.events import (
+    Built,
+    Event,
+    Loaded,
+    Ready,
+    Saved,
+    Saving,
+    Staged,
+    Stepped,
+    Uploaded,
+    to_line,
+)
+from cloudckpt.cli.demo.runs import KEPT
 from cloudckpt.cli.demo.sentences import PAIRS
-from cloudckpt.dcp import ObjectStoreReader, ObjectStoreWriter
+from cloudckpt.dcp import Checkpointer, CommitInfo, KeepLast, RngStates, WriterHook
 
 _BATCH = 8
 """Pairs per rank and step."""
@@ -48,7 +56,6 @@ class Trainer:
         rank, world = dist.get_rank(), dist.get_world_size()
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         mine = torch.randperm(len(PAIRS), generator=order)[rank * _BATCH : (rank + 1) * _BATCH]
-        torch.manual_seed((self.seed * 1_000_003 + step) * world + rank)  # of dropout
         asked, answers = self._embed(torch.cat([mine, mine + len(PAIRS)])).chunk(2)
         loss = torch.nn.functional.cross_entropy(asked @ answers.T / _TEMPERATURE, torch.arange(_BATCH))
         self.optimizer.zero_grad()
@@ -58,29 +65,14 @@ class Trainer:
         dist.all_reduce(mean)
         return mean.item() / world
 
-    def save(self, root: str, step: int) -> None:
-        """Saves all that the next step depends on, straight to object storage."""
-        # One rank uploads one part at a time: a straggler, as a real cluster always has one.
-        limits: dict[str, Any] = {"concurrency": 1} if dist.get_rank() else {}
-        writer = ObjectStoreWriter(step_url(root, step), step=step, part_size=8 << 20, **limits)
-        dcp.save(self._state(step), storage_writer=writer)  # type: ignore[attr-defined]
+    def state(self, step: int) -> dict[str, Any]:
+        """All that the next step depends on, after ``step``; but for what each rank keeps for itself: `own`."""
+        return {"model": self.model, "optimizer": self.optimizer, "step": step}
 
-    def load(self, root: str, step: int) -> ObjectStoreReader:
-        """Loads what `save` saved, and returns the reader for its `stats`."""
-        reader = ObjectStoreReader(step_url(root, step), max_request_size=64 << 20)
-        state = self._state(0)
-        dcp.load(state, storage_reader=reader)  # type: ignore[attr-defined]
-        if state["step"] != step:
-            msg = f"the checkpoint of step {step} says it is of step {state['step']}"
-            raise RuntimeError(msg)
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
-        return reader
-
-    def _state(self, step: int) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": step}
+    @property
+    def own(self) -> dict[str, Any]:
+        """Of this rank alone: the generators that dropout draws from."""
+        return {"rng": RngStates()}
 
     def _embed(self, rows: Tensor) -> Tensor:
         """Unit vectors of sentences: the mean over their tokens."""
@@ -90,70 +82,111 @@ class Trainer:
         return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1), dim=1)
 
 
-def build(directory: str, seed: int, *, pretrained: bool) -> Trainer:
+def pretrained(directory: str, seed: int, is_read: bool) -> Trainer:  # noqa: FBT001 - as `Build` says
     """The model of ``directory``, sharded over all ranks.
 
     Args:
         directory: with the model's config, weights and tokenizer.
         seed: of all that is random.
-        pretrained: read the weights; else leave them random, because a checkpoint is loaded next.
+        is_read: read the weights; else leave them random, because a checkpoint is loaded next.
     """
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     auto: Any = AutoModel
     torch.manual_seed(seed)
-    if pretrained:
+    if is_read:
         model = auto.from_pretrained(directory, add_pooling_layer=False)
     else:
         model = auto.from_config(AutoConfig.from_pretrained(directory), add_pooling_layer=False)
+    sentences = [asked for asked, _ in PAIRS] + [answer for _, answer in PAIRS]
+    tokens = AutoTokenizer.from_pretrained(directory)(sentences, padding=True, return_tensors="pt")
+    return sharded(model, dict(tokens), seed)
+
+
+def sharded(model: Any, tokens: dict[str, Tensor], seed: int) -> Trainer:
+    """The model over all ranks, its upper layers to be trained."""
     model.requires_grad_(requires_grad=False)
     model.encoder.layer[-_TRAINED_LAYERS:].requires_grad_(requires_grad=True)
     model.train()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world,))
     for layer in model.encoder.layer:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     trained = [p for p in model.parameters() if p.requires_grad]
     tell(Built(parameters=_count(model.parameters()), trained=_count(trained)))
-    sentences = [asked for asked, _ in PAIRS] + [answer for _, answer in PAIRS]
-    tokens = AutoTokenizer.from_pretrained(directory)(sentences, padding=True, return_tensors="pt")
-    return Trainer(model, torch.optim.AdamW(trained, lr=1e-4), dict(tokens), seed)
+    torch.manual_seed(seed * world + dist.get_rank())  # of dropout, from the first step to the last
+    return Trainer(model, torch.optim.AdamW(trained, lr=1e-4), tokens, seed)
 
 
-def train(trainer: Trainer, root: str, *, first: int, steps: int, save_every: int) -> None:
-    """Trains from step ``first`` to ``steps``, saving every ``save_every``."""
+class Telling(WriterHook):
+    """Tells what becomes of saves behind training, as soon as the coordinator's background knows."""
+
+    def __init__(self) -> None:
+        """Knows of no save yet."""
+        self._began: dict[int | None, float] = {}
+
+    def saving(self, step: int) -> None:
+        """A save begins."""
+        self._began[step] = perf_counter()
+        tell(Saving(step=step))
+
+    def staged(self, step: int) -> None:
+        """Training goes on."""
+        tell(Staged(step=step, seconds=perf_counter() - self._began[step]))
+
+    def pre_commit(self, info: CommitInfo) -> None:
+        """See `WriterHook`."""
+        tell(Uploaded(step=info.step or 0))
+
+    def post_commit(self, info: CommitInfo) -> None:
+        """See `WriterHook`."""
+        tell(Saved(step=info.step or 0, seconds=perf_counter() - self._began.pop(info.step)))
+
+
+def train(
+    trainer: Trainer, checkpointer: Checkpointer, telling: Telling, *, first: int, steps: int, save_every: int
+) -> None:
+    """Trains from step ``first`` to ``steps``, saving every ``save_every`` behind training."""
     for step in range(first, steps + 1):
         tell(Stepped(step=step, loss=trainer.step(step).hex()))
         if step % save_every == 0:
-            dist.barrier()
-            tell(Saving(step=step))
-            began = perf_counter()
-            trainer.save(root, step)
-            tell(Saved(step=step, seconds=perf_counter() - began))
+            telling.saving(step)
+            checkpointer.async_save(step, trainer.state(step), per_rank=trainer.own)
+            telling.staged(step)
 
 
-def resume(trainer: Trainer, root: str) -> int:
-    """Loads the newest committed step under ``root``, and returns it."""
-    step = newest_step(root)
-    if step is None:
-        msg = f"no step was ever committed under {root}"
-        raise RuntimeError(msg)
+def resume(trainer: Trainer, checkpointer: Checkpointer, *, missing: Literal["error", "none"]) -> int:
+    """Loads the newest committed step, and returns it; 0 where there is none and ``missing="none"``."""
     began = perf_counter()
-    stats = trainer.load(root, step).stats
-    seconds = perf_counter() - began
-    tell(Loaded(step=step, seconds=seconds, requests=stats.requests, nbytes=stats.bytes_fetched))
+    state = trainer.state(0)
+    step = checkpointer.load(state, per_rank=trainer.own, missing=missing)
+    if step is None:
+        return 0
+    if state["step"] != step:
+        msg = f"the checkpoint of step {step} says it is of step {state['step']}"
+        raise RuntimeError(msg)
+    tell(Loaded(step=step, seconds=perf_counter() - began))
     return step
 
 
 def tell(event: Event) -> None:
     """Writes an event to stdout; of events that all ranks share, rank 0 tells."""
     if dist.get_rank() == 0 or isinstance(event, Ready):
-        sys.stdout.write(to_line(event))
-        sys.stdout.flush()
+        os.write(1, to_line(event).encode())  # at once and whole: two threads tell, and may be killed while they do
 
 
-def main() -> None:
-    """Trains as the arguments say."""
+Build = Callable[[str, int, bool], Trainer]
+"""Makes the trainer of a model's directory and a seed; the last says whether the weights are read from there."""
+
+
+def main(build: Build = pretrained, *, missing: Literal["error", "none"] = "error") -> None:
+    """Trains as the arguments say.
+
+    Args:
+        build: makes the trainer.
+        missing: what to do where the arguments say to resume, and nothing was ever committed.
+    """
     parser = argparse.ArgumentParser()
     for name, kind in (("root", str), ("model", str), ("steps", int), ("save-every", int), ("seed", int)):
         parser.add_argument(f"--{name}", type=kind, required=True)
@@ -164,14 +197,28 @@ def main() -> None:
     dist.init_process_group("gloo")
     try:
         tell(Ready(rank=dist.get_rank(), pid=os.getpid()))
-        trainer = build(args.model, args.seed, pretrained=not args.resume)
-        done = resume(trainer, args.root) if args.resume else 0
-        train(trainer, args.root, first=done + 1, steps=args.steps, save_every=args.save_every)
-        # DCP ends a save with a broadcast. A thread of gloo's frees its tensors afterwards, and aborts the process
-        # if the interpreter is gone by then (torch 2.13); a barrier gives it the time.
-        dist.barrier()
+        trainer = build(args.model, args.seed, not args.resume)
+        telling = Telling()
+        with checkpointer_of(args.root, telling) as checkpointer:
+            done = resume(trainer, checkpointer, missing=missing) if args.resume else 0
+            train(trainer, checkpointer, telling, first=done + 1, steps=args.steps, save_every=args.save_every)
     finally:
         dist.destroy_process_group()
+
+
+def checkpointer_of(root: str, telling: Telling) -> Checkpointer:
+    """Saves and loads below ``root``; the steps before the newest ones go at once, for nobody else reads them."""
+    # One rank uploads one part at a time: a straggler, as a real cluster always has one.
+    limits: dict[str, Any] = {"concurrency": 1} if dist.get_rank() else {}
+    return Checkpointer(
+        root,
+        keep=KeepLast(KEPT),
+        keep_grace_s=0,
+        hooks=[telling],
+        part_size=8 << 20,
+        max_request_size=64 << 20,
+        **limits,
+    )
 
 
 def _count(parameters: Iterator[torch.nn.Parameter] | list[torch.nn.Parameter]) -> int:
