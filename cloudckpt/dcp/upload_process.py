@@ -4,6 +4,7 @@ Law: tensors in shared memory are not copied: the process maps the same memory, 
 that was started.
 """
 
+import logging
 import os
 import pickle
 import threading
@@ -19,8 +20,9 @@ from cloudckpt.dcp.uploading import UploadJob
 from cloudckpt.engine.upload import Written
 from cloudckpt.engine.upload_server import Order
 from cloudckpt.engine.write import ShardWriter
-from cloudckpt.errors import UsageError
+from cloudckpt.errors import CheckpointError, UsageError
 
+log = logging.getLogger(__name__)
 NICENESS = 5
 
 
@@ -97,8 +99,7 @@ class ProcessUploader:
             except LostError as e:
                 process.kill()
                 self._process = None
-                keys = [plan.key for plan in job.plans]
-                job.session.run(lambda store: ShardWriter(store, job.options).remove(keys))
+                _clean_up_after(job)
                 raise e.error from None
         if isinstance(outcome, list):
             return outcome
@@ -138,6 +139,15 @@ class ProcessUploader:
         process = self._process
         if process is not None:
             process.forget(number)
+
+
+def _clean_up_after(job: UploadJob) -> None:
+    """Removes what a process that is gone had uploaded."""
+    keys = [plan.key for plan in job.plans]
+    try:
+        job.session.run(lambda store: ShardWriter(store, job.options).remove(keys))
+    except CheckpointError as e:  # why the process is gone is what has to be told
+        log.warning("shards of a failed save to %s stay until they are swept: %s", job.session.url, e)
 
 
 def _pickled(job: UploadJob, places: list[Place]) -> bytes:
