@@ -18,7 +18,7 @@ BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
 BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
 BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format faults kills bench bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
+.PHONY: demo test lint format faults kills bench bench-async bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
