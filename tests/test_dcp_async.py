@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 from base64 import b64encode
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from secrets import token_hex
 
@@ -76,8 +78,15 @@ class Noting(WriterHook):
     """Does nothing, in any process."""
 
 
-def given_credentials():
-    return Credentials(access_key_id="testing", secret_access_key="testing")
+@dataclass(frozen=True)
+class Given:
+    """Gives credentials, in any process."""
+
+    access_key_id: str
+    secret_access_key: str
+
+    def __call__(self):
+        return Credentials(access_key_id=self.access_key_id, secret_access_key=self.secret_access_key)
 
 
 def renamed(key):
@@ -86,9 +95,9 @@ def renamed(key):
 
 @pytest.fixture(scope="module")
 def spawned():
-    """A process in which nothing of this one is known."""
-    with get_context("spawn").Pool(1) as pool:
-        yield pool
+    """Calls a function in a process in which nothing of this one is known."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(60)
 
 
 def saved_there(writer, url, state):
@@ -120,9 +129,9 @@ WRITERS = {
 def test_a_writer_works_in_another_process_before_and_after_it_was_used(spawned, root, s3, kind):
     state = {"w": torch.randn(50, 7), "step": 3}
     writer = ObjectStoreWriter(root, **WRITERS[kind], **s3)
-    spawned.apply(saved_there, (writer, f"{root}/before", state))
+    spawned(saved_there, writer, f"{root}/before", state)
     dcp.save(state, storage_writer=writer)
-    spawned.apply(saved_there, (writer, f"{root}/after", state))
+    spawned(saved_there, writer, f"{root}/after", state)
     for url in (root, f"{root}/before", f"{root}/after"):
         loaded = {"w": torch.zeros(50, 7), "step": 0}
         dcp.load(loaded, storage_reader=ObjectStoreReader(url, **s3))
@@ -138,9 +147,9 @@ def test_keys_work_in_another_process_before_and_after_they_were_used(spawned, r
     writer = ObjectStoreWriter(extensions=[AesGcm("2026", keys=keys)], **s3)
     reader = ObjectStoreReader(keys=keys, rename=renamed, **s3)
     for use in ("before", "after"):
-        spawned.apply(saved_there, (writer, f"{root}/{use}", state))
+        spawned(saved_there, writer, f"{root}/{use}", state)
         blank = {"w": torch.zeros(50, 7), "step": 0}
-        loaded = spawned.apply(loaded_there, (reader, f"{root}/{use}", blank))
+        loaded = spawned(loaded_there, reader, f"{root}/{use}", blank)
         assert torch.equal(loaded["w"], state["w"])
         dcp.save(state, storage_writer=writer, checkpoint_id=f"{root}/{use}-here")
         dcp.load(blank, storage_reader=reader, checkpoint_id=f"{root}/{use}-here")
@@ -148,9 +157,9 @@ def test_keys_work_in_another_process_before_and_after_they_were_used(spawned, r
 
 def test_what_gives_credentials_works_in_another_process(spawned, root, s3):
     options = {name: s3[name] for name in ("endpoint_url", "region", "addressing_style")}
-    options["credentials"] = given_credentials
-    spawned.apply(saved_there, (ObjectStoreWriter(**options), root, {"step": 3}))
-    assert spawned.apply(loaded_there, (ObjectStoreReader(**options), root, {"step": 0})) == {"step": 3}
+    options["credentials"] = Given(s3["access_key_id"], s3["secret_access_key"])
+    spawned(saved_there, ObjectStoreWriter(**options), root, {"step": 3})
+    assert spawned(loaded_there, ObjectStoreReader(**options), root, {"step": 0}) == {"step": 3}
 
 
 def test_a_reader_that_failed_works_in_another_process(spawned, root, s3):
@@ -158,7 +167,7 @@ def test_a_reader_that_failed_works_in_another_process(spawned, root, s3):
     with pytest.raises(CheckpointException, match="no checkpoint"):
         dcp.load({"step": 0}, storage_reader=reader, checkpoint_id=root)
     dcp.save({"step": 3}, storage_writer=ObjectStoreWriter(root, **s3))
-    assert spawned.apply(loaded_there, (reader, root, {"step": 0})) == {"step": 3}
+    assert spawned(loaded_there, reader, root, {"step": 0}) == {"step": 3}
 
 
 def test_keys_from_the_environment_take_no_key_along(monkeypatch):

@@ -96,6 +96,7 @@ async def test_a_step_of_which_a_tombstone_is_left_is_not_pinned():
     with pytest.raises(CheckpointNotFoundError):
         await pin_in(store, 1)
     assert await asyncio.to_thread(pins, store.url) == []
+    assert await asyncio.to_thread(committed_steps, store.url) == [2]
 
 
 async def test_a_step_that_is_pruned_before_any_request_of_its_pin_is_not_pinned_or_stays():

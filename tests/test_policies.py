@@ -3,6 +3,7 @@
 import logging
 import pickle
 import re
+import time
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_of_each_window_of_time_the_step_that_was_committed_first_is_kept():
     steps = [step(1, 0), step(2, 1800), step(3, 3599), step(4, 3600), step(5, 7000), step(6, 12_000)]
     assert kept(KeepEvery(seconds=3600), *steps) == [6, 4, 1]
     assert kept(KeepEvery(seconds=0.5), *steps) == [6, 5, 4, 3, 2, 1]
+    assert kept(KeepEvery(seconds=3600), step(1, -10), step(2, 10), step(3, 20)) == [2, 1], "full hours part them"
 
 
 def test_the_first_is_so_by_its_commit_and_not_by_its_number():
@@ -74,11 +76,16 @@ def test_the_first_is_so_by_its_commit_and_not_by_its_number():
     assert kept(KeepEvery(seconds=3600), step(7, 10), step(3, 10)) == [3]
 
 
-def test_a_time_is_the_same_in_every_zone_and_utc_without_one():
+def test_a_time_is_the_same_in_every_zone_and_utc_without_one(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC-9")
+    time.tzset()
     east = summary(created=START.astimezone(timezone(timedelta(hours=9))) + timedelta(seconds=5))
     without = summary(created=START.replace(tzinfo=None) + timedelta(seconds=4))
     steps = [CommittedStep(step=1, summary=east), CommittedStep(step=2, summary=without), step(3, 6)]
-    assert kept(KeepEvery(seconds=60), *steps) == [2]
+    kept_there = kept(KeepEvery(seconds=60), *steps)
+    monkeypatch.undo()
+    time.tzset()
+    assert kept_there == [2]
 
 
 @given(

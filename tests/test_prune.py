@@ -43,7 +43,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.extensions import AesGcm
 from cloudckpt.layout import shard_key
-from cloudckpt.manifest import parse, parse_summary
+from cloudckpt.manifest import FORMAT, VERSION, Manifest, Summary, encode, parse, parse_summary
 from cloudckpt.store.memory import MemoryStore, _Object
 from cloudckpt.store.protocols import IfMatch
 from cloudckpt.testing import FailingStore, RecordingStore, WrappedStore
@@ -505,8 +505,8 @@ async def test_a_pinned_step_stays_whatever_the_policy_says_until_it_is_unpinned
 
 
 async def test_a_pin_of_a_step_that_the_policy_keeps_is_not_told_of():
-    store = await saved(1, 2)
-    await pin_in(store, 1)
+    store = await saved(1, 2, 3)
+    await pin_in(store, 2)
     assert (await pruned(store, KeepLast(2))).pinned == ()
 
 
@@ -628,3 +628,24 @@ def test_the_command_shows_a_plan_and_needs_a_yes(tmp_path):
     misused = typed("prune", root)
     assert (misused.returncode, misused.stdout) == (2, "")
     assert "--keep-last" in misused.stderr
+
+
+def test_the_command_keeps_by_metrics_and_by_time(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5, 5: 2.6}
+    start = datetime(2026, 11, 25, 12, tzinfo=UTC)
+    for step, loss in losses.items():
+        summary = Summary(
+            format=FORMAT, version=VERSION, save_id=f"{step:032x}", created=start + timedelta(minutes=20 * step),
+            writer="a test", step=step, metrics={"loss": loss},
+        )  # fmt: skip
+        (tmp_path / f"step-{step}").mkdir()
+        data = encode(Manifest(summary=summary, metadata={}, planner_paths=None, shards=(), entries={}))
+        (tmp_path / f"step-{step}/manifest.json").write_bytes(data)
+
+    def kept_by(*options):
+        return json.loads(typed("prune", f"file://{tmp_path}", *options, "--grace", "0", "--json").stdout)["kept"]
+
+    assert kept_by("--keep-lowest", "loss", "1") == [5, 2]
+    assert kept_by("--keep-highest", "loss", "1") == [5, 1]
+    assert kept_by("--keep-lowest", "loss", "1", "--keep-highest", "loss", "1", "--keep-last", "2") == [5, 4, 2, 1]
+    assert kept_by("--keep-each", "1h") == [5, 3, 1]

@@ -183,6 +183,11 @@ def mapped(pid):
     return found
 
 
+def memory_files(pid):
+    """Descriptors of torch's shared memory that a process holds: `mmap` keeps one for each."""
+    return sum("/torch_" in os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd"))
+
+
 def save(state, url, uploader, **more):
     dcp.save(state, storage_writer=ObjectStoreWriter(url, uploader=uploader, **more))
 
@@ -270,6 +275,7 @@ def test_memory_that_is_gone_here_is_unmapped_there_before_more_is_taken(tmp_pat
         save({"w": torch.ones(10)}, f"file://{tmp_path}/2", uploader)
         assert len(before) <= 1
         assert sum(mapped(uploader.pid)) < MIB
+        assert memory_files(uploader.pid) <= len(mapped(uploader.pid))
 
 
 def test_where_torch_shares_by_name_everything_is_copied_and_nothing_moves(tmp_path):

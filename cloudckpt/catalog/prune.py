@@ -160,8 +160,6 @@ def _unwanted(policy: Policy, steps: Sequence[CommittedStep]) -> frozenset[int]:
 
 def _in_grace(seen: Sequence[Seen], now: datetime, grace_s: float) -> frozenset[int]:
     """Those of which no newer one has been there for so long, of steps newest first."""
-    if not grace_s:
-        return frozenset()  # whatever the clocks say
     young, oldest = set(), now
     for one in seen:
         if (now - oldest).total_seconds() < grace_s:

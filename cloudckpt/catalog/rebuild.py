@@ -51,6 +51,7 @@ from cloudckpt.tombstone import swept_keys
 LOST = (
     "the user's metadata",
     "the step",
+    "its metrics",
     "plain values kept in the manifest itself",
     "the order of the entries",
     "when and by what it was saved, and its save_id",
