@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cloudckpt.cli.report import show_json, show_size, tell_dry
-from cloudckpt.cli.sweep import _Span
+from cloudckpt.cli.span import Span
 
 if TYPE_CHECKING:
     from cloudckpt.catalog import AnyOf, Pruned
@@ -21,14 +21,14 @@ _METRIC = (str, click.IntRange(min=1))
 @click.argument("root")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep steps that are multiples of N.")
-@click.option("--keep-each", type=_Span(), help="Keep the first step of each so long, such as 1h.")
+@click.option("--keep-each", type=Span(), help="Keep the first step of each so long, such as 1h.")
 @click.option("--keep-lowest", type=_METRIC, multiple=True, metavar="METRIC N", help="Keep the N of lowest METRIC.")
 @click.option("--keep-highest", type=_METRIC, multiple=True, metavar="METRIC N", help="Keep the N of highest METRIC.")
 @click.option(
     "--grace",
     default="10m",
     show_default=True,
-    type=_Span(),
+    type=Span(),
     help="Keep what was the newest within this time: somebody may be loading it.",
 )
 @click.option("--yes", is_flag=True, help="Remove them; without it only the plan is shown.")

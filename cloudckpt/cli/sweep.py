@@ -3,33 +3,15 @@
 Law: parses and shows; the catalog decides. Nothing is removed without ``--yes``.
 """
 
-import re
-from typing import Any
-
 import click
 
 from cloudckpt.cli.report import show_json, show_size, tell_dry
-
-_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
-_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)")
-
-
-class _Span(click.ParamType[float]):
-    """A length of time, such as 90, 90s, 15m, 24h or 7d; in seconds."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """See `click.ParamType.convert`."""
-        found = _SPAN.fullmatch(str(value))
-        if found is None:
-            self.fail(f"{value!r} is no length of time such as 90s, 15m, 24h or 7d", param, ctx)
-        return float(found[1]) * _UNITS[found[2]]
+from cloudckpt.cli.span import Span
 
 
 @click.command()
 @click.argument("root")
-@click.option("--grace", default="24h", show_default=True, type=_Span(), help="What is younger stays.")
+@click.option("--grace", default="24h", show_default=True, type=Span(), help="What is younger stays.")
 @click.option("--include-whole", is_flag=True, help="Remove also what `cloudckpt rebuild` might rescue.")
 @click.option("--name", "names", multiple=True, help="Of a place below ROOT to sweep, and no others; repeatable.")
 @click.option("--yes", is_flag=True, help="Remove it; without it only the plan is shown.")

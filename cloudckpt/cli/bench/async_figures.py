@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from cloudckpt.cli.bench.claims import Claim, _at_least, _at_most
+from cloudckpt.cli.bench.claims import Claim, at_least, at_most
 
 BLOCKING = "async-blocking"
 TRAINING = "async-training"
@@ -162,13 +162,13 @@ def claims(found: Sequence[Row]) -> list[Claim]:
             name, of = f"{row.case}: {row.contender}", next(iter(row.measures.values())).median
             if row.part == BLOCKING:
                 says = f"{name} blocks for at most {{}} times one copy"
-                made.append(_at_most(BLOCKING, says, of, MOST_OF_COPY))
+                made.append(at_most(BLOCKING, says, of, MOST_OF_COPY))
             elif row.part == TRAINING:
                 says = f"{name} leaves at least {{}} of the throughput"
-                made.append(_at_least(TRAINING, says, of, LEAST_THROUGHPUT))
+                made.append(at_least(TRAINING, says, of, LEAST_THROUGHPUT))
             else:
                 says = f"{name} takes at most {{}} ms for everything but staging and bytes"
-                made.append(_at_most(RANKS, says, 1000 * of, MOST_COORDINATION_MS))
+                made.append(at_most(RANKS, says, 1000 * of, MOST_COORDINATION_MS))
     return made
 
 

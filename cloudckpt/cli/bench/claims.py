@@ -63,9 +63,9 @@ def about_stock(workload: str, ratios: Sequence[Ratio]) -> list[Claim]:
     """Client CPU and speed of loading what torch saved, beside each peer."""
     found = []
     for r in ratios:
-        found.append(_at_most(workload, f"load: client CPU at most {{}} of {r.peer}'s", r.cpu, MOST_STOCK_CPU))
+        found.append(at_most(workload, f"load: client CPU at most {{}} of {r.peer}'s", r.cpu, MOST_STOCK_CPU))
         found.append(
-            _at_least(workload, f"load: at least {{}} times as fast as {r.peer}", r.speed, LEAST_STOCK_LOAD_SPEED)
+            at_least(workload, f"load: at least {{}} times as fast as {r.peer}", r.speed, LEAST_STOCK_LOAD_SPEED)
         )
     return found
 
@@ -76,15 +76,15 @@ def about_peers(workload: str, ratios: Sequence[Ratio]) -> list[Claim]:
     for r in ratios:
         if r.operation == "load" and r.peer in LEAST_LOAD_SPEED:
             says = f"load: at least {{}} times as fast as {r.peer}"
-            found.append(_at_least(workload, says, r.speed, LEAST_LOAD_SPEED[r.peer]))
+            found.append(at_least(workload, says, r.speed, LEAST_LOAD_SPEED[r.peer]))
         if r.operation == "save" and r.peer in MOST_SAVE_CPU:
             says = f"save: client CPU at most {{}} of {r.peer}'s"
-            found.append(_at_most(workload, says, r.cpu, MOST_SAVE_CPU[r.peer]))
+            found.append(at_most(workload, says, r.cpu, MOST_SAVE_CPU[r.peer]))
     raw = [r for r in ratios if r.operation == "save" and r.peer in RAW]
     if raw:
         fastest = min(raw, key=lambda r: r.speed)
         says = f"save: at least {{}} of the speed of the fastest raw reference, {fastest.peer}"
-        found.append(_at_least(workload, says, fastest.speed, LEAST_OF_RAW_SPEED))
+        found.append(at_least(workload, says, fastest.speed, LEAST_OF_RAW_SPEED))
     return found
 
 
@@ -92,9 +92,7 @@ def about_cpu(workload: str, server: str, ratios: Sequence[Ratio]) -> list[Claim
     """Client CPU beside raw references, on a null server."""
     bounds = MOST_OF_RAW_CPU.get(server, {})
     return [
-        _at_most(
-            workload, f"{r.operation}: client CPU at most {{}} of {r.peer}'s", r.cpu, bounds[r.operation, r.peer]
-        )
+        at_most(workload, f"{r.operation}: client CPU at most {{}} of {r.peer}'s", r.cpu, bounds[r.operation, r.peer])
         for r in ratios
         if (r.operation, r.peer) in bounds
     ]
@@ -107,9 +105,7 @@ def about_connections(
     could = concurrency * bytes_per_s
     says = f"at least {{}} of what {concurrency} connections of {bytes_per_s / 1e6:g} MB/s carry"
     return [
-        _at_least(
-            workload, f"{s.operation} by {s.contender}: {says}", nbytes / s.wall_s / could, LEAST_OF_CONNECTIONS
-        )
+        at_least(workload, f"{s.operation} by {s.contender}: {says}", nbytes / s.wall_s / could, LEAST_OF_CONNECTIONS)
         for s in summaries
     ]
 
@@ -118,22 +114,24 @@ def about_small_requests(workload: str, traffic: Traffic) -> Claim:
     """What saving many small tensors asks of the server, a rank's shard being one."""
     beyond = sum(count for method, count in traffic.requests.items() if method != PART)
     says = "save: at most {} requests for its shard beyond the parts, and two for the checkpoint"
-    return _at_most(workload, says, beyond - CHECKPOINT_REQUESTS, MOST_REQUESTS_BEYOND_PARTS)
+    return at_most(workload, says, beyond - CHECKPOINT_REQUESTS, MOST_REQUESTS_BEYOND_PARTS)
 
 
 def about_small_loads(workload: str, small: Summary, as_one: Summary) -> Claim:
     """How much longer many small tensors take than the same bytes as one."""
     says = "load: at most {} s more than the same bytes as one tensor"
-    return _at_most(workload, says, small.wall_s - as_one.wall_s, MOST_MORE_S)
+    return at_most(workload, says, small.wall_s - as_one.wall_s, MOST_MORE_S)
 
 
-def _at_least(workload: str, says: str, measured: float, bound: float) -> Claim:
+def at_least(workload: str, says: str, measured: float, bound: float) -> Claim:
+    """What was measured has to reach a bound, which the sentence names by ``{}``."""
     return Claim(
         workload=workload, says=says.format(f"{bound:g}"), measured=f"{measured:.2f}", holds=measured >= bound
     )
 
 
-def _at_most(workload: str, says: str, measured: float, bound: float) -> Claim:
+def at_most(workload: str, says: str, measured: float, bound: float) -> Claim:
+    """What was measured must not pass a bound, which the sentence names by ``{}``."""
     return Claim(
         workload=workload, says=says.format(f"{bound:g}"), measured=f"{measured:.2f}", holds=measured <= bound
     )
