@@ -103,8 +103,12 @@ class SaveHandle:
             if not self.done():
                 self.cancel()
                 _are_over([self._future])
-                self._was_told = True
+                self.tell()
             raise
+
+    def tell(self) -> None:
+        """Whoever has to know of its failure does, or will at once."""
+        self._was_told = True
 
     def cancel(self) -> None:
         """Has it stop, unless its commit has begun. Does not wait."""
@@ -172,7 +176,7 @@ class Background:
         cause = None
         for handle in self._kept():
             if handle._number == failure.number:
-                handle._was_told = True
+                handle.tell()
                 cause = handle._future.exception() if handle.done() else None
         return failure.error(cause)
 

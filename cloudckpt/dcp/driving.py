@@ -94,7 +94,6 @@ class SaveDriver:
         writer: ObjectStoreWriter,
         cancellation: Cancellation,
         label: str,
-        new_planner: Callable[[], DefaultSavePlanner] = DefaultSavePlanner,
     ) -> Done:
         """Saves, and returns when the checkpoint is committed.
 
@@ -105,24 +104,26 @@ class SaveDriver:
             writer: with its URL.
             cancellation: stops it until the commit is tried.
             label: tells this save from all others, the same on all ranks: ranks at different ones are out of step.
-            new_planner: makes the planner of one save; the same class each time.
 
         Raises:
             ShapeMismatchError: two ranks hold one key with different shapes or dtypes; nothing was written.
             CheckpointError: whatever failed, on whichever rank; see `Collectives`. Nothing was committed, but for a
                 CommitUnknownError or a RanksLostError, after which it may have been.
         """
-        began, ranks, planner = time.monotonic(), self._collectives, new_planner()
+        began, ranks, planner = time.monotonic(), self._collectives, DefaultSavePlanner()
+
+        structures: list[tuple[object, ...]] = []
 
         def set_up() -> bool:
             with border(SaveFailedError, "setting up the save"):
                 planner.set_up_planner(state(), writer.storage_meta(), ranks.is_coordinator)
                 writer.set_up_storage_writer(ranks.is_coordinator, cancellation=cancellation)
-                return self._planned is not None and self._planned.structure == _structure(planner)
+                structures.append(_structure(planner))
+                return self._planned is not None and self._planned.structure == structures[0]
 
         is_known = ranks.all_reduce(f"setting up the save of {label}", set_up, all)
         if not is_known:
-            self._plan(planner, writer, label)
+            self._plan(planner, writer, label, structures[0])
         planned = self._planned
         assert planned is not None  # noqa: S101 - planned before, or just now
         upload_s, slowest_s = self._upload(planned, planner, writer, label)
@@ -171,7 +172,9 @@ class SaveDriver:
             raise
         return took[0], slowest
 
-    def _plan(self, planner: DefaultSavePlanner, writer: ObjectStoreWriter, label: str) -> None:
+    def _plan(
+        self, planner: DefaultSavePlanner, writer: ObjectStoreWriter, label: str, structure: tuple[object, ...]
+    ) -> None:
         made: list[Metadata] = []
 
         def of_rank() -> SavePlan:
@@ -187,7 +190,7 @@ class SaveDriver:
 
         self._planned = None
         plan = self._collectives.reduce_scatter(f"planning the save of {label}", of_rank, of_all)
-        self._planned = _Planned(_structure(planner), plan, made[0] if made else None)
+        self._planned = _Planned(structure, plan, made[0] if made else None)
 
 
 def load(
@@ -287,7 +290,7 @@ def _refuse_missing(planner: DefaultLoadPlanner, metadata: Metadata) -> None:
 def _structure(planner: DefaultSavePlanner) -> tuple[object, ...]:
     """All that a plan of this rank depends on."""
     entries = tuple((key, _kind(value)) for key, value in planner.state_dict.items())
-    return type(planner), entries, tuple(planner.mappings.items())
+    return entries, tuple(planner.mappings.items())
 
 
 def _kind(value: object) -> object:

@@ -231,7 +231,7 @@ class Saver:
         def fail() -> dict[str, Any]:
             raise told
 
-        self._submit(begun, fail)._was_told = True  # here it is raised at once
+        self._submit(begun, fail).tell()  # here it is raised at once
 
     def _state(self, request: SaveRequest) -> dict[str, Any]:
         """What is to be stored, asked of the objects here and now."""
