@@ -8,7 +8,6 @@ file too.
 import json
 import os
 import sys
-import traceback
 import warnings
 from datetime import timedelta
 
@@ -24,7 +23,7 @@ from cloudckpt import errors
 from cloudckpt.dcp import ObjectStoreWriter
 from cloudckpt.dcp.upload_process import ProcessUploader
 from cloudckpt.extensions import AesGcm, BytePlane, ZStandard
-from ranks import keys_at, mesh, reader, whole, writer
+from ranks import keys_at, mesh, reader, run_cases, whole, writer
 
 warnings.simplefilter("ignore")
 
@@ -166,26 +165,8 @@ def an_upload_that_is_refused_leaves_nothing(case):
 
 def main(out, config, *cases):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-    config = json.loads(config)
-    config["group"] = dist.new_group(backend="gloo")
-    outcomes = {}
-    for name in cases:
-        print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)  # where a hang is
-        case = {**config, "url": f"{config['url']}/{name}-{dist.get_world_size()}"}
-        try:
-            globals()[name](case)
-            mine = None
-        except BaseException:
-            mine = f"rank {dist.get_rank()}: {traceback.format_exc()}"
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        outcomes[name] = next((told for told in gathered if told), None)
-    if dist.get_rank() == 0:
-        with open(out, "w") as f:
-            json.dump(outcomes, f)
-    dist.barrier()
-    dist.destroy_process_group()
+    config = {**json.loads(config), "group": dist.new_group(backend="gloo")}
+    run_cases(out, {name: globals()[name] for name in cases}, config, lambda name: f"{name}-{dist.get_world_size()}")
 
 
 if __name__ == "__main__":

@@ -409,14 +409,18 @@ def saved_by_two_loaded_by_four(case):
 
 def main(out, config, *cases):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
     config = json.loads(config)
+    run_cases(out, {name: globals()[name] for name in cases}, config, lambda name: config.get("shared") or name)
+
+
+def run_cases(out, cases, config, place_of):
+    """Runs functions one after the other, each with a place of its own, and writes down what became of them."""
+    torch.set_num_threads(1)
     outcomes = {}
-    for name in cases:
+    for name, run in cases.items():
         print(f"rank {dist.get_rank()}: {name}", file=sys.stderr, flush=True)  # where a hang is
-        case = {**config, "url": f"{config['url']}/{config.get('shared') or name}"}
         try:
-            globals()[name](case)
+            run({**config, "url": f"{config['url']}/{place_of(name)}"})
             mine = None
         except BaseException:
             mine = f"rank {dist.get_rank()}: {traceback.format_exc()}"
