@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cloudckpt.cli.report import show_json, show_size, tell_dry
+from cloudckpt.cli.output import show_json, show_size, tell_dry
 from cloudckpt.cli.span import Span
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Law: parses and shows; the catalog decides. Nothing is written without ``--yes``
 
 import click
 
-from cloudckpt.cli.report import show_json, show_size, tell_dry
+from cloudckpt.cli.output import show_json, show_size, tell_dry
 
 
 @click.command()

@@ -5,7 +5,7 @@ Law: parses and shows; the catalog decides.
 
 import click
 
-from cloudckpt.cli.report import show_json, show_size
+from cloudckpt.cli.output import show_json, show_size
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""How what a command did is told: as JSON, or in lines.
+"""How what a command did is told: as JSON, and sizes as people read them.
 
 Law: data to stdout, talk to stderr.
 """

@@ -1,0 +1,49 @@
+"""Rows as a table on a terminal, and elsewhere as lines of fields with tabs between them.
+
+Law: data to stdout. What is shown is text; nobody's names are taken for markup.
+"""
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import click
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        title: shown on a terminal only.
+        is_number: set to the right, and never broken.
+    """
+
+    title: str
+    is_number: bool = False
+
+
+def show_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows, each with one text for each column.
+
+    On a terminal as a table as wide as that, with long texts folded; elsewhere as they are, for other programs.
+    """
+    if not sys.stdout.isatty():
+        for row in rows:
+            click.echo("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(
+            column.title,
+            justify="right" if column.is_number else "left",
+            no_wrap=column.is_number,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(highlight=False).print(table)
