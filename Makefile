@@ -1,6 +1,7 @@
 # make demo and make test set up all they need, in .venv; nothing is installed outside the project.
 PYTHON ?= python3
 SERVERS ?= moto seaweedfs
+CLOUDS ?= gcs $(if $(shell command -v npm),azurite)
 SIZE ?= 1GiB
 ROUNDS ?= 5
 SERVER ?= seaweedfs
@@ -18,13 +19,13 @@ BENCH_COMMAND := $(BIN)/cloudckpt bench --rounds $(ROUNDS) --size $(SIZE)
 BENCH_http := AWS_ENDPOINT_URL=http://127.0.0.1:$(BENCH_PORT)
 BENCH_https := AWS_ENDPOINT_URL=https://127.0.0.1:$(BENCH_TLS_PORT) AWS_CA_BUNDLE=$(BENCH_DIR)/ca.pem
 
-.PHONY: demo test lint format faults kills bench bench-async bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers fuzz clean
+.PHONY: demo test lint format faults kills bench bench-async bench-on-seaweedfs bench-on-rgw bench-on-null bench-on-null-tls bench-on-cloud servers s3 docs ray fuzz clean
 
 demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
 
-test: $(READY) servers ## the tests, on the servers named in SERVERS: moto seaweedfs localstack rgw
-	SERVERS="$(SERVERS)" $(BIN)/python -m pytest
+test: $(READY) servers ## the tests, on the servers named in SERVERS: moto seaweedfs localstack rgw, and CLOUDS: gcs azurite
+	SERVERS="$(SERVERS)" CLOUDS="$(CLOUDS)" $(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -69,8 +70,17 @@ faults: $(READY) servers ## every fault at every request, every kill, much damag
 kills: $(READY) servers ## kill -9 at a random moment of KILLS trainings, on the servers named in SERVERS; each goes on to the same losses
 	SERVERS="$(SERVERS)" KILLS=$(KILLS) $(BIN)/python -m pytest -s tests/test_kills.py
 
+s3: $(READY) ## a local S3 with a bucket, without docker, until Ctrl-C
+	localstack/up.sh
+
+docs: $(READY) ## the site, in build/site
+	$(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
+
+ray: $(READY) ## Ray Train loses a worker and goes on: minutes
+	tests/frameworks.sh ray
+
 servers: $(READY)
-	@for name in $(SERVERS); do \
+	@for name in $(SERVERS) $(CLOUDS); do \
 	  if [ "$$name" != moto ] && ! localstack/$$name.sh check 2>/dev/null; then \
 	    localstack/$$name.sh install || exit 1; \
 	  fi; \
@@ -82,4 +92,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .fuzz .venv .venv-localstack .venv-aiobotocore-oldest .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .azurite .fuzz build .venv .venv-localstack .venv-aiobotocore-oldest .servers .pytest_cache .mypy_cache .ruff_cache .hypothesis

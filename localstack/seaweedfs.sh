@@ -10,7 +10,7 @@ READY_WITHIN_S=60
 STOP_WITHIN_S=2 # asked to end, its filer waits 15 s for its own streams; killed, it loses nothing it acknowledged
 # shellcheck source=localstack/common.sh
 . "$(dirname "$(realpath "$0")")/common.sh"
-PYTHON=${PYTHON:-$PROJECT/.venv/bin/python}
+PYTHON=${PYTHON:-${VIRTUAL_ENV:-$PROJECT/.venv}/bin/python}
 WEED=${WEED:-$(dirname "$PYTHON")/weed}
 
 install() {
@@ -36,6 +36,7 @@ JSON
     -volume.port=$((PORT + 3)) -volume.port.grpc=$((PORT + 4)) -volume.max=1000 -volume.minFreeSpace=1 -volume.preStopSeconds=0
     -filer -filer.port=$((PORT + 5)) -filer.port.grpc=$((PORT + 6)) -filer.localSocket=filer.sock
   )
+  unset AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY # it would take them for another owner's, or for the same one's with another secret
   exec "$WEED" -logtostderr=true server "${options[@]}"
 }
 

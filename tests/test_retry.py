@@ -73,6 +73,10 @@ async def call_get(store, _):
     assert (await store.get("there")).data == DATA
 
 
+async def call_get_first(store, _):
+    assert await store.get_first("there", 2) == DATA[:2]
+
+
 async def call_get_range(store, _):
     into = bytearray(3)
     await store.get_range("there", Range(1, 4), [memoryview(into)[:1], memoryview(into)[1:]])
@@ -122,6 +126,7 @@ RETRIED = [
 ]
 CALLS = {
     "get": call_get,
+    "get_first": call_get_first,
     "get_range": call_get_range,
     "head": call_head,
     "put": call_put,

@@ -58,7 +58,7 @@ class _Lane:
 @asynccontextmanager
 async def other_lanes(url: str, options: StoreOptions) -> AsyncIterator[list[Moves]]:
     """The lanes to a store beside the first loop's own; none where its scheme keeps no thread busy."""
-    count = options.traffic.lanes if url.startswith("s3://") else 1
+    count = options.traffic.lanes if url.startswith("s3://") and options.filesystem is None else 1
     lanes = [_Lane(thread, url, options) for thread in loop.threads(count)[1:count]]
     try:
         yield list(lanes)

@@ -81,6 +81,10 @@ class MemoryStore:
             view[:] = data[: len(view)]
             data = data[len(view) :]
 
+    async def get_first(self, key: str, nbytes: int) -> bytes:
+        """See `Get.get_first`."""
+        return self._find(key).data[:nbytes]
+
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
         return self._info(self._prefix + key, self._find(key))
@@ -130,7 +134,21 @@ class MemoryStore:
         self._parts(upload)[number] = data
         return Part(number=number, etag=_etag(data), crc32c=crc32c)
 
-    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+    def copies_from(self, source: object) -> bool:
+        """See `CopiesParts.copies_from`."""
+        return isinstance(source, MemoryStore)
+
+    async def put_part_copy(
+        self, upload: Upload, number: int, source: object, key: str, at: Range, *, crc32c: int | None
+    ) -> Part:
+        """See `CopiesParts.put_part_copy`."""
+        assert isinstance(source, MemoryStore)  # noqa: S101 - see `copies_from`
+        data = bytearray(len(at))
+        await source.get_range(key, at, [memoryview(data)])
+        found = crc32c_of(data)
+        return await self.put_part(upload, number, 0, [memoryview(data)], crc32c=found if crc32c is None else crc32c)
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
         """See `Multipart.complete_upload`."""
         sent = self._parts(upload)
         try:

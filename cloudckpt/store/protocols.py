@@ -79,11 +79,17 @@ class Upload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A part that the server acknowledged: what completing the upload needs to name."""
+    """A part that the server acknowledged: what completing the upload needs to name.
+
+    Attributes:
+        number: from 1.
+        etag: of the part, as the server spelled it.
+        crc32c: of its bytes; None of those that the server copied and neither it nor the caller knows.
+    """
 
     number: int
     etag: str
-    crc32c: int
+    crc32c: int | None
 
 
 class GetRange(Protocol):
@@ -111,6 +117,14 @@ class Get(GetRange, Protocol):
         Raises:
             ObjectNotFoundError: no such object.
             StoreError: it has more than `MAX_GET_NBYTES`, or does not end.
+        """
+        ...
+
+    async def get_first(self, key: str, nbytes: int) -> bytes:
+        """The first bytes of an object: so many, or as many as it has.
+
+        Raises:
+            ObjectNotFoundError: no such object.
         """
         ...
 
@@ -182,8 +196,8 @@ class Multipart(Protocol):
         """
         ...
 
-    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
-        """Makes the object of the parts and returns its ETag; ``crc32c`` is the whole object's."""
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
+        """Makes the object of the parts and returns its ETag; ``crc32c`` is the whole object's, if it is known."""
         ...
 
     async def abort_upload(self, upload: Upload) -> None:
@@ -192,6 +206,34 @@ class Multipart(Protocol):
 
     def list_uploads(self, prefix: str = "") -> AsyncIterator[Upload]:
         """Yields the uploads under way whose keys begin with ``prefix``."""
+        ...
+
+
+class CopiesParts(Protocol):
+    """Filling parts with what lies on the server already: their bytes do not pass through here."""
+
+    def copies_from(self, source: object) -> bool:
+        """Whether parts can be filled from that store: it is one of the same server."""
+        ...
+
+    async def put_part_copy(
+        self, upload: Upload, number: int, source: object, key: str, at: Range, *, crc32c: int | None
+    ) -> Part:
+        """Makes a part of some bytes of an object; see `Multipart.put_part`.
+
+        Args:
+            upload: from `create_upload`.
+            number: see `Multipart.put_part`.
+            source: a store that `copies_from` allows.
+            key: of the object in it.
+            at: the bytes, 5 MiB to 5 GiB unless it is the last part.
+            crc32c: that they should have, if it is known.
+
+        Raises:
+            ObjectNotFoundError: there is no such object, or no such upload.
+            ChecksumRefusedError: the server copied bytes with another CRC32C.
+            NotImplementedByStoreError, PermissionDeniedError: copying is not known here, or not allowed.
+        """
         ...
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from cloudckpt.errors import (
     ChecksumRefusedError,
@@ -27,6 +27,7 @@ from cloudckpt.store.protocols import (
     Blob,
     Body,
     Condition,
+    CopiesParts,
     IfMatch,
     Moves,
     ObjectInfo,
@@ -93,6 +94,10 @@ class RetryingStore:
         """See `Get.get_range`."""
         await self._retry(lambda: self._traffic.get_range(self._mover(len(at)), key, at, into))
 
+    async def get_first(self, key: str, nbytes: int) -> bytes:
+        """See `Get.get_first`."""
+        return await self._retry(lambda: self._store.get_first(key, nbytes))
+
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
         return await self._retry(lambda: self._store.head(key))
@@ -147,7 +152,20 @@ class RetryingStore:
             lambda: self._mover(nbytes).put_part(upload, number, offset, body, crc32c=crc32c),
         )
 
-    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+    def copies_from(self, source: object) -> bool:
+        """See `CopiesParts.copies_from`."""
+        return hasattr(self._store, "copies_from") and bool(self._store.copies_from(_asked(source)))
+
+    async def put_part_copy(
+        self, upload: Upload, number: int, source: object, key: str, at: Range, *, crc32c: int | None
+    ) -> Part:
+        """See `CopiesParts.put_part_copy`."""
+        copying = cast("CopiesParts", self._store)
+        return await self._retry(
+            lambda: copying.put_part_copy(upload, number, _asked(source), key, at, crc32c=crc32c)
+        )
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
         """See `Multipart.complete_upload`.
 
         After a lost reply, servers answer a second completion with success or with NoSuchUpload; then the
@@ -250,6 +268,11 @@ class _Patience:
         log.warning("attempt %d failed, next in %.2f s: %s", self._tries, wait, error)
         await asyncio.sleep(wait)
         return True
+
+
+def _asked(store: object) -> object:
+    """The store that is asked again."""
+    return store._store if isinstance(store, RetryingStore) else store
 
 
 def _nbytes(body: Body) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.errors import CredentialsError, StaleCredentialsError, StoreError
+from cloudckpt.errors import ChecksumRefusedError, CredentialsError, StaleCredentialsError, StoreError
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import (
     MAX_GET_NBYTES,
@@ -107,6 +107,16 @@ class S3Store:
                     msg = f"{where} ends before byte {at.stop}, or its server does not serve ranges"
                     raise StoreError(msg)
                 await receive(body.raw_stream, into, silence_s=self._options.read_timeout_s)
+
+    async def get_first(self, key: str, nbytes: int) -> bytes:
+        """See `Get.get_first`."""
+        data = b""
+        with self._asked(key, ignore={"InvalidRange"}):  # which is the answer where the object is empty
+            reply = await self._client.get_object(**self._at(key), Range=f"bytes=0-{nbytes - 1}")
+            async with reply["Body"] as body:
+                while piece := await heard(body.read(nbytes - len(data)), self._options.read_timeout_s):
+                    data += piece
+        return data
 
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
@@ -216,15 +226,40 @@ class S3Store:
                 self._abilities.look_at_echo(reply, checksum, where)
             return part
 
-    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+    def copies_from(self, source: object) -> bool:
+        """See `CopiesParts.copies_from`."""
+        return isinstance(source, S3Store) and _endpoint_of(source) == _endpoint_of(self)
+
+    async def put_part_copy(
+        self, upload: Upload, number: int, source: object, key: str, at: Range, *, crc32c: int | None
+    ) -> Part:
+        """See `CopiesParts.put_part_copy`."""
+        assert isinstance(source, S3Store)  # noqa: S101 - see `copies_from`
+        with self._asked(f"{upload.key} (part {number}, copied from {source.url}/{key})") as where:
+            reply = await self._client.upload_part_copy(
+                **self._at(upload.key),
+                UploadId=upload.upload_id,
+                PartNumber=number,
+                CopySource=source._at(key),
+                CopySourceRange=f"bytes={at.start}-{at.stop - 1}",
+            )
+            result = reply["CopyPartResult"]
+            told = result.get("ChecksumCRC32C")  # not by all, and only in uploads with checksums
+            if told is not None and crc32c is not None and told != _base64(crc32c):
+                msg = f"{where}: the server copied bytes of CRC32C {told}, and {_base64(crc32c)} was expected"
+                raise ChecksumRefusedError(msg)
+            found = int.from_bytes(base64.b64decode(told), "big") if told else crc32c
+            return Part(number=number, etag=result["ETag"], crc32c=found)
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
         """See `Multipart.complete_upload`."""
         way = self._abilities.wholes
         names = upload.has_checksums and self._sends(self._abilities.parts)
-        checksum = self._checksum(way, crc32c) if names else None
+        checksum = self._checksum(way, crc32c) if names and crc32c is not None else None
         named: list[dict[str, Any]] = []
         for part in sorted(parts, key=lambda p: p.number):
             named.append({"PartNumber": part.number, "ETag": part.etag})
-            if checksum is not None:
+            if checksum is not None and part.crc32c is not None:
                 named[-1]["ChecksumCRC32C"] = _base64(part.crc32c)
         whole = {} if checksum is None else {"ChecksumCRC32C": checksum, "ChecksumType": "FULL_OBJECT"}
         with self._asked(upload.key) as where, self._tried(way, where, with_checksum=checksum is not None):
@@ -334,6 +369,10 @@ async def _read(body: Any, most: int, silence_s: float) -> bytes | None:
         if nbytes > most:
             return None
     return b"".join(pieces)
+
+
+def _endpoint_of(store: S3Store) -> str:
+    return store.identity.removesuffix(f"/{store._bucket}")
 
 
 def _conditions(condition: Condition | None) -> dict[str, str]:

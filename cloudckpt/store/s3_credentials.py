@@ -52,10 +52,10 @@ class FoundCredentials:
         """Called once for each client."""
         self._resolver = self._make_resolver()
         found = await self._resolver.load_credentials()
-        if type(found) is not AioCredentials:
+        if type(found) is not AioCredentials and not _are_of_environment(found):
             return found
         renewable = _Renewable(self._look_again, found.method)
-        renewable.use(_of(await found.get_frozen_credentials()))
+        renewable.use(await _as_found(found))
         return renewable
 
     async def _look_again(self, refused: ReadOnlyCredentials | None) -> Credentials:
@@ -63,7 +63,7 @@ class FoundCredentials:
         if found is None:
             msg = "the credentials have expired, and there are none any more where they were found"
             raise CredentialsError(msg)
-        credentials = _of(await found.get_frozen_credentials())
+        credentials = await _as_found(found)
         if _frozen(credentials) == refused:
             msg = (
                 f"the server refused the credentials ({found.method}) as expired or not known, and there are no "
@@ -71,6 +71,17 @@ class FoundCredentials:
             )
             raise CredentialsError(msg)
         return credentials
+
+
+def _are_of_environment(found: Any) -> bool:
+    """Whether botocore would renew them from the variables that they are from, and raise RuntimeError."""
+    return isinstance(found, AioRefreshableCredentials) and found.method == "env"
+
+
+async def _as_found(found: Any) -> Credentials:
+    if _are_of_environment(found):  # whether they have expired, the server tells
+        return _of(ReadOnlyCredentials(found._access_key, found._secret_key, found._token, None))
+    return _of(await found.get_frozen_credentials())
 
 
 def used_by(credentials: Any) -> ReadOnlyCredentials | None:

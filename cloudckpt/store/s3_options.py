@@ -98,6 +98,11 @@ class S3Options:
             raise UsageError(msg)
 
 
+def is_directory_bucket(bucket: str) -> bool:
+    """Of S3 Express: docs.aws.amazon.com/AmazonS3/latest/userguide/directory-bucket-naming-rules.html."""
+    return bucket.endswith("--x-s3")
+
+
 def check_endpoint(url: str) -> None:
     """Refuses what is no server's address, or holds more; without showing it, for that may be a secret.
 

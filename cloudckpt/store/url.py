@@ -15,22 +15,40 @@ from weakref import WeakKeyDictionary
 
 from cloudckpt.errors import UnsupportedUrlError
 from cloudckpt.options import overridden, refuse_unknown
+from cloudckpt.store.cloud_options import AzureOptions, GcsOptions
 from cloudckpt.store.protocols import Moves, Store
 from cloudckpt.store.retry import RetryingStore, RetryOptions
-from cloudckpt.store.s3_options import S3Options
+from cloudckpt.store.s3_options import S3Options, is_directory_bucket
 from cloudckpt.store.traffic import Traffic, TrafficOptions
+from cloudckpt.threads import in_thread
 
 T = TypeVar("T")
-SCHEMES = ("s3", "file", "memory")
+SCHEMES = ("s3", "gs", "az", "file", "memory")
+"""With stores of their own here; fsspec's others are served by its file systems."""
+_MEANT = {"gcs": "gs", "abfs": "az", "abfss": "az", "azure": "az", "adl": "az", "s3a": "s3", "s3n": "s3"}
+"""What others call these."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreOptions:
-    """How to reach a store, whichever it turns out to be."""
+    """How to reach a store, whichever it turns out to be.
+
+    Attributes:
+        s3: of ``s3://``; timeouts, connections, authorities, ``is_anonymous`` and ``checksum`` hold for ``gs://`` and
+            ``az://`` too.
+        gcs, azure: of ``gs://`` and ``az://``.
+        retry: how long it is asked again.
+        traffic: how many requests are under way at a time.
+        filesystem: an fsspec file system, which then serves the URL, whatever its scheme. To be used in other
+            processes it must pickle, as those of fsspec do.
+    """
 
     s3: S3Options = field(default_factory=S3Options)
+    gcs: GcsOptions = field(default_factory=GcsOptions)
+    azure: AzureOptions = field(default_factory=AzureOptions)
     retry: RetryOptions = field(default_factory=RetryOptions)
     traffic: TrafficOptions = field(default_factory=TrafficOptions)
+    filesystem: Any = field(default=None, hash=False)
 
 
 def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, Any]) -> tuple[T, StoreOptions]:
@@ -39,7 +57,7 @@ def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, 
     Args:
         options: of reading or writing.
         store: how to reach the store.
-        overrides: fields of ``options``, `S3Options`, `RetryOptions` or `TrafficOptions`, by name; emptied.
+        overrides: fields of ``options`` or of what `StoreOptions` holds, by name, and ``filesystem``; emptied.
 
     Raises:
         UsageError: one that is no field of any.
@@ -48,10 +66,13 @@ def with_overrides(options: T, store: StoreOptions | None, overrides: dict[str, 
     options = overridden(options, overrides)
     store = StoreOptions(
         s3=overridden(store.s3, overrides),
+        gcs=overridden(store.gcs, overrides),
+        azure=overridden(store.azure, overrides),
         retry=overridden(store.retry, overrides),
         traffic=overridden(store.traffic, overrides),
+        filesystem=overrides.pop("filesystem", store.filesystem),
     )
-    refuse_unknown(overrides, options, store.s3, store.retry, store.traffic)
+    refuse_unknown(overrides, options, store.s3, store.gcs, store.azure, store.retry, store.traffic)
     return options, store
 
 
@@ -70,22 +91,32 @@ def check_url(url: str) -> str:
         raise UnsupportedUrlError(msg)
     known = ", ".join(f"{s}://" for s in SCHEMES)
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # the rest may be a secret
-    if parts.scheme not in SCHEMES:
+    if parts.scheme in _MEANT:
+        msg = f"{shown!r} is spelled {_MEANT[parts.scheme]}://bucket/path here (docs/stores.md)"
+        raise UnsupportedUrlError(msg)
+    if parts.scheme not in SCHEMES and not _knows_fsspec(parts.scheme):
         msg = f"no store serves {shown!r}; give a URL that begins with one of {known}"
         raise UnsupportedUrlError(msg)
     if "@" in parts.netloc:
-        msg = f"{shown!r} has credentials before its bucket; give them as options, or in AWS's environment variables"
+        msg = f"{shown!r} has credentials before its bucket; give them as options, or in environment variables"
         raise UnsupportedUrlError(msg)
     if parts.query or parts.fragment:
         msg = f"{shown!r} has a '?' or '#' behind it, which keys of checkpoints cannot have"
         raise UnsupportedUrlError(msg)
-    if not (parts.path.strip("/") if parts.scheme == "file" else parts.netloc):
+    if not (parts.path.strip("/") if parts.scheme == "file" else parts.netloc or parts.scheme not in SCHEMES):
         msg = f"{shown!r} names no {'directory' if parts.scheme == 'file' else 'bucket'}"
         raise UnsupportedUrlError(msg)
     if any(segment in {".", ".."} for segment in parts.path.split("/")):
         msg = f"{shown!r} has a '.' or '..' segment; spell the place out"
         raise UnsupportedUrlError(msg)
     return url.rstrip("/")
+
+
+def _knows_fsspec(scheme: str) -> bool:
+    from fsspec import available_protocols
+    from fsspec.registry import registry  # of those that the user registered
+
+    return scheme in available_protocols() or scheme in registry
 
 
 @asynccontextmanager
@@ -107,17 +138,24 @@ async def open_store(
 
     Raises:
         UnsupportedUrlError: see `check_url`.
-        CredentialsError: AWS's configuration names a profile that does not exist.
+        CredentialsError: AWS's configuration names a profile that does not exist, or no storage account is named.
+        MissingLibraryError: the store needs a library that is not installed.
     """
     options = options or StoreOptions()
     async with open_once(url, options, keeps_client=keeps_client) as store:
         most = options.s3.max_connections
         of_loop = _traffic.setdefault(asyncio.get_running_loop(), {})
-        how = options.traffic if url.startswith("s3://") else replace(options.traffic, late_factor=math.inf)
+        how = options.traffic if _sends_again(url, options) else replace(options.traffic, late_factor=math.inf)
         key = store.identity, how, most
         if key not in of_loop:
             of_loop[key] = Traffic(how, most=most)
         yield RetryingStore(store, options.retry, of_loop[key], others)
+
+
+def _sends_again(url: str, options: StoreOptions) -> bool:
+    """Whether a late request may be sent a second time: where an object that is put twice keeps its ETag."""
+    parts = urlsplit(url)
+    return parts.scheme == "s3" and options.filesystem is None and not is_directory_bucket(parts.netloc)
 
 
 @asynccontextmanager
@@ -126,13 +164,29 @@ async def open_once(url: str, options: StoreOptions, *, keeps_client: bool) -> A
     parts = urlsplit(check_url(url))
     prefix = parts.path.strip("/")
     prefix += "/" if prefix else ""
-    if parts.scheme == "s3":
-        from cloudckpt.store.s3 import S3Store
+    if options.filesystem is not None or parts.scheme not in SCHEMES:
+        from cloudckpt.store.fsspec import fsspec_store
 
-        async with S3Store(parts.netloc, prefix, options.s3, keeps_client=keeps_client) as store:
+        yield await in_thread(lambda: fsspec_store(url, options.filesystem))
+    elif parts.scheme == "s3":
+        from cloudckpt.store.s3 import S3Store
+        from cloudckpt.store.s3_express import DirectoryBucketStore
+
+        kind = DirectoryBucketStore if is_directory_bucket(parts.netloc) else S3Store
+        async with kind(parts.netloc, prefix, options.s3, keeps_client=keeps_client) as store:
             yield store
+    elif parts.scheme == "gs":
+        from cloudckpt.store.gcs import gcs_store
+
+        async with gcs_store(parts.netloc, prefix, options.gcs, options.s3, keeps_client=keeps_client) as gcs:
+            yield gcs
+    elif parts.scheme == "az":
+        from cloudckpt.store.azure import azure_store
+
+        async with azure_store(parts.netloc, prefix, options.azure, options.s3, keeps_client=keeps_client) as azure:
+            yield azure
     elif parts.scheme == "file":
-        from cloudckpt.store.fsspec import LocalStore
+        from cloudckpt.store.local import LocalStore
 
         yield LocalStore(unquote(parts.path))
     else:
@@ -147,6 +201,7 @@ _traffic: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, Traffic]] = 
 
 async def close_kept_clients() -> None:
     """Closes what stores that were opened with ``keeps_client`` left on this event loop."""
-    clients = sys.modules.get("cloudckpt.store.s3_clients")  # where none was imported, none is kept
-    if clients is not None:
-        await clients.close_kept()
+    for room in ("s3_clients", "rest"):
+        clients = sys.modules.get(f"cloudckpt.store.{room}")  # where none was imported, none is kept
+        if clients is not None:
+            await clients.close_kept()

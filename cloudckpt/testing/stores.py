@@ -50,6 +50,11 @@ class WrappedStore:
         """See `Get.get_range`."""
         await self._request("get_range", key, key, at, into)
 
+    async def get_first(self, key: str, nbytes: int) -> bytes:
+        """See `Get.get_first`."""
+        reply: bytes = await self._request("get_first", key, key, nbytes)
+        return reply
+
     async def head(self, key: str) -> ObjectInfo:
         """See `Get.head`."""
         reply: ObjectInfo = await self._request("head", key, key)
@@ -92,7 +97,19 @@ class WrappedStore:
         reply: Part = await self._request("put_part", upload.key, upload, number, offset, body, crc32c=crc32c)
         return reply
 
-    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int) -> str:
+    def copies_from(self, source: object) -> bool:
+        """See `CopiesParts.copies_from`."""
+        return hasattr(self._store, "copies_from") and bool(self._store.copies_from(source))
+
+    async def put_part_copy(
+        self, upload: Upload, number: int, source: object, key: str, at: Range, *, crc32c: int | None
+    ) -> Part:
+        """See `CopiesParts.put_part_copy`."""
+        args = upload, number, source, key, at
+        reply: Part = await self._request("put_part_copy", upload.key, *args, crc32c=crc32c)
+        return reply
+
+    async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
         """See `Multipart.complete_upload`."""
         reply: str = await self._request("complete_upload", upload.key, upload, parts, crc32c=crc32c)
         return reply
