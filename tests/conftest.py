@@ -1,6 +1,9 @@
 """What tests share: a server of each chosen kind, and a fresh prefix on it for each test."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from secrets import token_hex
 
 import boto3
@@ -87,6 +90,15 @@ def store_options(s3):
 def root():
     """A fresh URL on the server."""
     return f"s3://{BUCKET}/{token_hex(6)}"
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """The URL of a checkpoint that two ranks saved, sharded in every way; see `sharded_save`."""
+    url = f"file://{tmp_path_factory.mktemp('saved')}/run/step-3"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*command, str(Path(__file__).parent / "sharded_save.py"), url], check=True, capture_output=True)
+    return url
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def show_json(result: Any, **more: object) -> None:
-    """Prints a dataclass, and what more there is to say, as one JSON object."""
-    click.echo(json.dumps({**dataclasses.asdict(result), **more}, indent=2, default=_plain))
+    """Prints a dataclass, or a mapping, and what more there is to say, as one JSON object."""
+    fields = result if isinstance(result, dict) else dataclasses.asdict(result)
+    click.echo(json.dumps({**fields, **more}, indent=2, default=_plain))
 
 
 def show_size(nbytes: int) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from cloudckpt.cli.bench.sizes import SIZE
+from cloudckpt.cli.sizes import SIZE
 
 _NO_URL = """give the place to measure against: cloudckpt bench s3://BUCKET/PREFIX
 

@@ -17,7 +17,7 @@ import click
 from cloudckpt.cli.bench import _refuse_missing
 from cloudckpt.cli.bench.async_figures import BLOCKING, RANKS, TRAINING, Figure, Row, Spread, claims, rows
 from cloudckpt.cli.bench.machine import Machine, describe
-from cloudckpt.cli.bench.sizes import SIZE
+from cloudckpt.cli.sizes import SIZE
 
 PARTS = (BLOCKING, TRAINING, RANKS)
 TITLES = {

@@ -8,7 +8,7 @@ from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, T
 from cloudckpt.cli.bench.partial import NAME as PARTIAL
 from cloudckpt.cli.bench.partial import Partial
 from cloudckpt.cli.bench.rows import MOST_FRAMES, ROWS, RowsFigure
-from cloudckpt.cli.bench.sizes import spelled
+from cloudckpt.cli.sizes import spelled
 from cloudckpt.cli.bench.weights import NAME as WEIGHTS
 from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
 from cloudckpt.cli.bench.workloads import RAW
