@@ -3,6 +3,7 @@
 Law: data to stdout. What is shown is text; nobody's names are taken for markup.
 """
 
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ class Column:
 
     title: str
     is_number: bool = False
+
+
+def is_narrow() -> bool:
+    """Whether stdout is a terminal that has room for few columns only."""
+    return sys.stdout.isatty() and shutil.get_terminal_size().columns < 80
 
 
 def show_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None:

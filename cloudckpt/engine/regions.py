@@ -68,6 +68,11 @@ class Locator:
         return self._manifest.entries
 
     @property
+    def shards(self) -> Sequence[Shard]:
+        """The manifest's."""
+        return self._manifest.shards
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """See `Contents.metadata`."""
         if self._is_hidden:
