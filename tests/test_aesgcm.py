@@ -163,6 +163,8 @@ def test_one_that_was_made_to_read_does_not_write():
 
 
 def test_one_without_keys_is_refused_when_it_is_made():
+    with pytest.raises(UsageError, match=r"takes a key's name first, and got a dict$"):
+        AesGcm({"k": bytes(32)}, "k")
     with pytest.raises(UsageError, match=r"keys="):
         AesGcm("one")
 
