@@ -134,8 +134,9 @@ class AesGcm(FrameTransformExtension):
     reading_keys: ClassVar[Keys | None] = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.key_id, str):  # which may be the keys, and is not shown
-            msg = f"AesGcm(key_id, keys) takes a key's name first, and got a {type(self.key_id).__name__}"
+        given: object = self.key_id
+        if not isinstance(given, str):  # which may be the keys, and is not shown
+            msg = f"AesGcm(key_id, keys) takes a key's name first, and got a {type(given).__name__}"
             raise UsageError(msg)
         if self.keys is None and self.key_id:
             msg = f"AesGcm({self.key_id!r}) needs keys=: a KeyProvider, a mapping or a function of key ids"

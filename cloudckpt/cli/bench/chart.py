@@ -8,8 +8,8 @@ from typing import Any
 from cloudckpt.cli.bench.figures import OPERATIONS, Summary
 from cloudckpt.cli.bench.report import summaries_of
 from cloudckpt.cli.bench.session import Results
-from cloudckpt.cli.sizes import spelled
 from cloudckpt.cli.bench.workloads import Workload
+from cloudckpt.cli.sizes import spelled
 
 _COLORS = {"save": "#c2703d", "load": "#3d6fa8"}
 _PANELS = (("wall seconds", "wall_s"), ("client CPU seconds", "cpu_s"))

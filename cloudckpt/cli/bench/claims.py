@@ -8,10 +8,10 @@ from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, T
 from cloudckpt.cli.bench.partial import NAME as PARTIAL
 from cloudckpt.cli.bench.partial import Partial
 from cloudckpt.cli.bench.rows import MOST_FRAMES, ROWS, RowsFigure
-from cloudckpt.cli.sizes import spelled
 from cloudckpt.cli.bench.weights import NAME as WEIGHTS
 from cloudckpt.cli.bench.weights import PLANES, WeightsFigure
 from cloudckpt.cli.bench.workloads import RAW
+from cloudckpt.cli.sizes import spelled
 
 LEAST_LOAD_SPEED = {"fsspec": 6.0, "fsspec-default": 6.0, "fsspec-8": 4.0, "s3torchconnector": 2.0}
 MOST_SAVE_CPU = {"fsspec": 0.25, "fsspec-8": 0.25, "s3torchconnector": 0.5}

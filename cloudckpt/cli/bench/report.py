@@ -18,9 +18,9 @@ from cloudckpt.cli.bench.figures import OPERATIONS, Operation, Ratio, Summary, T
 from cloudckpt.cli.bench.null_server import CLOUD
 from cloudckpt.cli.bench.partial import Fetched, Slice, Way
 from cloudckpt.cli.bench.session import Results
-from cloudckpt.cli.sizes import spelled
 from cloudckpt.cli.bench.weights import WeightsFigure
 from cloudckpt.cli.bench.workloads import Workload
+from cloudckpt.cli.sizes import spelled
 from cloudckpt.engine.read import ReadOptions
 from cloudckpt.engine.write import WriteOptions
 
