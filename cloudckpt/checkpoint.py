@@ -237,7 +237,8 @@ class Checkpoint(Mapping[str, "Array | bytes | Any"]):
             device: where to put them.
 
         Raises:
-            As `load`, and ImportError where torch is not installed.
+            CheckpointError: as from `load`.
+            ImportError: torch is not installed.
         """
         selection = select(self._access.contents.entries, patterns=patterns, rename=rename)
         keys = {n: k for n, k in selection.keys.items() if isinstance(self._entry(k), TensorEntry)}

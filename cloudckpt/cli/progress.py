@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cloudckpt.progress import bar
+
 Advance = Callable[[int], None]
 """Takes the bytes that were done since it was called last; from any thread."""
 
@@ -22,20 +24,5 @@ def progress(what: str, total: int | None) -> Iterator[Advance]:
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True)]
-    if console.width >= 80:
-        columns += [TransferSpeedColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
+    with bar(what, total) as (drawn, task):
+        yield lambda nbytes: drawn.advance(task, nbytes)

@@ -11,6 +11,7 @@ from cloudckpt.dcp.hooks import CommitInfo, WriterHook
 from cloudckpt.dcp.ranks import Barrier, Collectives, GroupBarrier, RankInfo, StoreBarrier, TcpBarrier
 from cloudckpt.dcp.reader import ObjectStoreReader
 from cloudckpt.dcp.state.rng import RngStates
+from cloudckpt.dcp.stats import SaveStats
 from cloudckpt.dcp.writer import ObjectStoreWriter
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RankInfo",
     "RngStates",
     "SaveHandle",
+    "SaveStats",
     "Saved",
     "StoreBarrier",
     "TcpBarrier",

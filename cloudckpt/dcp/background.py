@@ -8,10 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from cloudckpt.dcp.agreement import Failure
+from cloudckpt.dcp.stats import SaveStats
 from cloudckpt.engine.cancellation import Cancellation
 from cloudckpt.errors import CheckpointError, UsageError
 
@@ -21,7 +22,7 @@ _LOOK_S = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved:
-    """What became of a save; the same on all ranks but for the seconds.
+    """What became of a save; the same on all ranks but for the seconds and the `SaveStats`.
 
     Attributes:
         step: the training step.
@@ -36,6 +37,7 @@ class Saved:
         upload_s: seconds in which this rank uploaded.
         coordination_s: seconds of everything but these two and slower ranks: planning, talking, the commit.
         hook_failures: of hooks after the commit, in words.
+        stats: what this rank did for it.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Saved:
     upload_s: float = 0.0
     coordination_s: float = 0.0
     hook_failures: tuple[str, ...] = ()
+    stats: SaveStats = field(default_factory=SaveStats)
 
 
 class SaveHandle:

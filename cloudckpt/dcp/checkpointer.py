@@ -17,22 +17,21 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 
 from cloudckpt import catalog
-from cloudckpt.dcp.agreement import Missing, Wanted, agree_to_load, checked_step
+from cloudckpt.dcp.agreement import Missing, Wanted, checked_step
 from cloudckpt.dcp.background import Saved, SaveHandle
-from cloudckpt.dcp.choosing import load_first
-from cloudckpt.dcp.driving import load
 from cloudckpt.dcp.groups import own_collectives
 from cloudckpt.dcp.hooks import WriterHook, check_hooks
+from cloudckpt.dcp.loads import Loader, LoadPolicy
 from cloudckpt.dcp.preemption import PreemptionWatch
-from cloudckpt.dcp.reader import ObjectStoreReader
 from cloudckpt.dcp.retention import Retention
 from cloudckpt.dcp.saving import OnBusy, OnExists, SavePolicy, Saver, SaveRequest
 from cloudckpt.dcp.staging import Stager
 from cloudckpt.dcp.uploading import HereUploader
-from cloudckpt.engine.read import ReadOptions
+from cloudckpt.engine.read import ReadOptions, Stats
 from cloudckpt.engine.write import WriteOptions
-from cloudckpt.errors import CheckpointError, CheckpointNotFoundError, UsageError
+from cloudckpt.errors import CheckpointError, UsageError
 from cloudckpt.options import overridden
+from cloudckpt.progress import Progress
 from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
@@ -77,6 +76,7 @@ class Checkpointer:
         on_exists: OnExists = "refuse",
         on_busy: OnBusy = "wait",
         uploads: Literal["thread", "process"] = "thread",
+        progress: Progress = False,
         state_options: StateDictOptions | None = None,
         options: WriteOptions | None = None,
         read_options: ReadOptions | None = None,
@@ -98,6 +98,8 @@ class Checkpointer:
             on_busy: what `async_save` does while one is under way: wait for it, save nothing, or queue one more,
                 whose copy takes memory of its own.
             uploads: where async saves upload: a thread of this process, or a process of its own.
+            progress: show how far the first rank's saves and loads have come: True for a bar where stderr is a
+                terminal, and lines in the log elsewhere; or a function, given bytes that are done and bytes in all.
             state_options: for torch's functions that take the state of models and optimizers.
             options: how to write.
             read_options: how to read.
@@ -110,7 +112,7 @@ class Checkpointer:
         """
         self._root = check_url(os.fspath(root))
         reading = dict(overrides)
-        self._read_options = overridden(read_options or ReadOptions(), reading)
+        reading_options = overridden(read_options or ReadOptions(), reading)
         for name in overrides.keys() - reading.keys() - {field.name for field in fields(WriteOptions)}:
             del overrides[name]
         self._options, self._store = with_overrides(options or WriteOptions(), store, overrides)
@@ -122,12 +124,12 @@ class Checkpointer:
         is_own_process = _one_of("uploads", uploads, ("thread", "process")) == "process"
         self._retention = Retention(self._root, keep, keep_grace_s, self._store)
         self._options = replace(self._options, overwrite=self._options.overwrite or on_exists == "replace")
-        self._state_options = state_options
         policy = SavePolicy(
             root=self._root,
             hooks=check_hooks(hooks),
             on_exists=on_exists,
             on_busy=on_busy,
+            progress=progress,
             state_options=state_options,
             options=self._options,
             store=self._store,
@@ -140,6 +142,16 @@ class Checkpointer:
         self._closing = ExitStack()
         self._closing.callback(self._retention.close)
         self._front, back = own_collectives(process_group, timeout_s)
+        self._loader = Loader(
+            LoadPolicy(
+                root=self._root,
+                progress=progress,
+                state_options=state_options,
+                options=reading_options,
+                store=self._store,
+            ),
+            self._front,
+        )
         stager = Stager(leases=2 if on_busy == "queue" else 1, share=is_own_process)
         self._saver = Saver(
             policy,
@@ -242,32 +254,14 @@ class Checkpointer:
             _one_of("missing_per_rank", missing_per_rank, ("error", "none"))
             return Wanted(None if step is None else checked_step(step), bool(fallback), missing, missing_per_rank)
 
-        def choose(wanted: Wanted) -> list[int]:
-            return catalog.listed_steps(self._root, self._store) if wanted.step is None else [wanted.step]
-
-        def load_from(url: str) -> None:
-            reader = ObjectStoreReader(url, options=self._read_options, store=self._store)
-            left_out = load(
-                state_dict,
-                reader,
-                self._front,
-                per_rank=per_rank,
-                missing=missing_per_rank,
-                options=self._state_options,
-            )
-            if left_out and self._front.is_coordinator:
-                log.warning("%s holds what ranks %s kept for themselves; this job has no such ranks", url, left_out)
-
-        steps = agree_to_load(self._front, say, choose)
+        steps = self._loader.agree(say)
         self._saver.forget_last()
-        found = load_first(self._root, steps, load_from, fallback=fallback and step is None)
-        if found is None and step is not None:
-            msg = f"step {steps[0]} is not committed below {self._root}; steps() tells which are"
-            raise CheckpointNotFoundError(msg)
-        if found is None and missing == "error":
-            msg = f"no step is committed below {self._root}; check the URL, or begin with missing='none'"
-            raise CheckpointNotFoundError(msg)
-        return found
+        return self._loader.load(steps, say(), state_dict, per_rank)
+
+    @property
+    def last_load(self) -> Stats | None:
+        """What the last load did on this rank; None before the first."""
+        return self._loader.stats
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first, as this rank finds them now. Not collective.

@@ -23,8 +23,9 @@ from typing import Any
 from cloudckpt.dcp.shared_memory import SharedMemory
 from cloudckpt.engine.cancellation import Cancellation
 from cloudckpt.engine.deadline import Deadline
+from cloudckpt.engine.tracing import Recorder
 from cloudckpt.engine.upload import Written
-from cloudckpt.engine.upload_server import LOGGER, LONGEST_CLEAN_UP_S, READY, Begin, Cancel, Ended, Forget
+from cloudckpt.engine.upload_server import LOGGER, LONGEST_CLEAN_UP_S, READY, Advanced, Begin, Cancel, Ended, Forget
 from cloudckpt.errors import CheckpointError, DeadlineError, SaveFailedError
 
 _LOOK_S = 1
@@ -84,7 +85,12 @@ class ChildProcess:
         return self._popen.poll() is None
 
     def upload(
-        self, order: bytes, memories: Sequence[SharedMemory], cancellation: Cancellation, deadline: Deadline
+        self,
+        order: bytes,
+        memories: Sequence[SharedMemory],
+        cancellation: Cancellation,
+        deadline: Deadline,
+        recorder: Recorder,
     ) -> list[Written] | CheckpointError:
         """Has it carry an order out.
 
@@ -93,6 +99,7 @@ class ChildProcess:
             memories: that it needs.
             cancellation: of the save.
             deadline: of the save, which the process keeps itself, unless it hangs.
+            recorder: takes over what the process recorded, and is told of its progress.
 
         Returns:
             What was written, or why nothing was.
@@ -108,7 +115,7 @@ class ChildProcess:
                 self._await_ready()
                 self._begin(number, order, memories)
                 has_begun = True
-                return self._outcome(number, time.monotonic() + deadline.left_s + LONGEST_CLEAN_UP_S)
+                return self._outcome(number, time.monotonic() + deadline.left_s + LONGEST_CLEAN_UP_S, recorder)
             except LostError:
                 raise
             except BaseException:  # the caller was interrupted
@@ -168,7 +175,7 @@ class ChildProcess:
         try:
             if number is not None:
                 self._cancel(number)
-                self._outcome(number, time.monotonic() + LONGEST_CLEAN_UP_S)
+                self._outcome(number, time.monotonic() + LONGEST_CLEAN_UP_S, Recorder())
                 return
         except LostError:
             pass
@@ -184,14 +191,17 @@ class ChildProcess:
         if gone:
             self._pipe.send(Forget(gone))
 
-    def _outcome(self, number: int, until: float) -> list[Written] | CheckpointError:
+    def _outcome(self, number: int, until: float, recorder: Recorder) -> list[Written] | CheckpointError:
         hangs = DeadlineError(
             f"the upload process (pid {self.pid}) did not answer in time and was killed; nothing was committed"
         )
         while True:
             message = self._receive(until, hangs)
             if isinstance(message, Ended) and message.number == number:
+                recorder.absorb(message.recorded)
                 return message.outcome
+            if isinstance(message, Advanced) and message.number == number and recorder.report is not None:
+                recorder.report(message.done, message.total)
 
     def _receive(self, until: float, hangs: CheckpointError) -> object:
         """The next message; log records are handled on the way."""

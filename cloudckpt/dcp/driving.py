@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.checkpoint.storage import WriteResult
@@ -25,6 +25,7 @@ from cloudckpt.dcp.state.per_rank import attach, look
 from cloudckpt.dcp.state.stateful import Destination
 from cloudckpt.dcp.writer import ObjectStoreWriter
 from cloudckpt.engine.cancellation import Cancellation
+from cloudckpt.engine.tracing import PLAN, Recorder
 from cloudckpt.errors import (
     CheckpointError,
     IntegrityError,
@@ -93,6 +94,7 @@ class SaveDriver:
         state: Callable[[], dict[str, Any]],
         writer: ObjectStoreWriter,
         cancellation: Cancellation,
+        recorder: Recorder,
         label: str,
     ) -> Done:
         """Saves, and returns when the checkpoint is committed.
@@ -103,6 +105,7 @@ class SaveDriver:
             state: gives the state dict of this rank, for DCP; what it raises fails the save on all ranks.
             writer: with its URL.
             cancellation: stops it until the commit is tried.
+            recorder: of the save.
             label: tells this save from all others, the same on all ranks: ranks at different ones are out of step.
 
         Raises:
@@ -117,13 +120,14 @@ class SaveDriver:
         def set_up() -> bool:
             with border(SaveFailedError, "setting up the save"):
                 planner.set_up_planner(state(), writer.storage_meta(), ranks.is_coordinator)
-                writer.set_up_storage_writer(ranks.is_coordinator, cancellation=cancellation)
+                writer.set_up_storage_writer(ranks.is_coordinator, cancellation=cancellation, recorder=recorder)
                 structures.append(_structure(planner))
                 return self._planned is not None and self._planned.structure == structures[0]
 
         is_known = ranks.all_reduce(f"setting up the save of {label}", set_up, all)
         if not is_known:
-            self._plan(planner, writer, label, structures[0])
+            with recorder.step(PLAN):
+                self._plan(planner, writer, label, structures[0])
         planned = self._planned
         assert planned is not None  # noqa: S101 - planned before, or just now
         upload_s, slowest_s = self._upload(planned, planner, writer, label)
@@ -165,9 +169,11 @@ class SaveDriver:
 
         try:
             slowest = self._collectives.all_reduce(f"the upload of {label}", write, prepare)
-        except RanksLostError:
-            raise  # the coordinator may be alive, and commit
-        except CheckpointError:
+        except RanksLostError as e:  # the coordinator may be alive, and commit
+            writer.fail(e)
+            raise
+        except CheckpointError as e:
+            writer.fail(e)
             writer.discard()
             raise
         return took[0], slowest
@@ -237,6 +243,7 @@ def load(
         reader.set_up_storage_reader(metadata, collectives.is_coordinator)
         planner.set_up_planner(destination.state_dict, metadata, collectives.is_coordinator)
         _refuse_missing(planner, metadata)
+        _refuse_other_shapes(planner, metadata)
         plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
         reader.read_data(plan, planner).wait()
         return destination
@@ -285,6 +292,23 @@ def _refuse_missing(planner: DefaultLoadPlanner, metadata: Metadata) -> None:
             "what was not saved"
         )
         raise MissingKeyError(msg)
+
+
+def _refuse_other_shapes(planner: DefaultLoadPlanner, metadata: Metadata) -> None:
+    """What torch's planner would refuse of a sudden, one key at a time."""
+    problems = []
+    for key, value in planner.state_dict.items():
+        saved = metadata.state_dict_metadata[key]
+        if (
+            isinstance(saved, TensorStorageMetadata)
+            and isinstance(value, torch.Tensor)
+            and value.size() != saved.size
+        ):
+            problems.append(f"{key!r} is {tuple(saved.size)} in the checkpoint and {tuple(value.size())} here")
+    if problems:
+        more = f", and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        msg = f"tensors of other shapes were saved: {'; '.join(problems[:_MOST_NAMED])}{more}; nothing was loaded"
+        raise ShapeMismatchError(msg)
 
 
 def _structure(planner: DefaultSavePlanner) -> tuple[object, ...]:

@@ -8,11 +8,12 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from cloudckpt.errors import CheckpointError, SaveFailedError, UsageError
+from cloudckpt.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,22 @@ class CommitInfo:
     stored_nbytes: int
     shard_count: int
     entry_count: int
+
+    @classmethod
+    def of(cls, made: Manifest, url: str) -> Self:
+        """What a manifest says."""
+        summary = made.summary
+        return cls(
+            url=url,
+            step=summary.step,
+            metadata=made.metadata,
+            save_id=summary.save_id,
+            created=summary.created,
+            nbytes=summary.nbytes,
+            stored_nbytes=summary.stored_nbytes,
+            shard_count=summary.shard_count,
+            entry_count=summary.entry_count,
+        )
 
 
 class WriterHook(Protocol):

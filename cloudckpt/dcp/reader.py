@@ -6,6 +6,7 @@ load alone.
 
 import logging
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,12 +28,15 @@ from cloudckpt.convert.find import find, manifest_contents
 from cloudckpt.dcp.border import border
 from cloudckpt.dcp.dtypes import dtype_of
 from cloudckpt.dcp.loading import Loading
+from cloudckpt.dcp.ranks.info import rank_and_world_size
 from cloudckpt.dtypes import DTYPES
+from cloudckpt.engine import telemetry
 from cloudckpt.engine.access import Access
 from cloudckpt.engine.commit import read_manifest_blob
 from cloudckpt.engine.contents import Contents
 from cloudckpt.engine.read import ReadOptions, Stats
 from cloudckpt.engine.session import Session
+from cloudckpt.engine.tracing import FETCH, PLAN, Outcome, Recorder
 from cloudckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -43,6 +47,7 @@ from cloudckpt.errors import (
     UsageError,
 )
 from cloudckpt.manifest import TensorEntry
+from cloudckpt.progress import Progress, show_size, shown
 from cloudckpt.selection import Rename, select
 from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
@@ -75,6 +80,7 @@ class ObjectStoreReader(StorageReader):
         *,
         process_group: dist.ProcessGroup | None = None,
         rename: Rename | None = None,
+        progress: Progress = False,
         options: ReadOptions | None = None,
         store: StoreOptions | None = None,
         **overrides: Any,
@@ -86,6 +92,8 @@ class ObjectStoreReader(StorageReader):
             process_group: its first rank reads the manifest for all; every rank of it must load. Without one,
                 each rank reads the manifest.
             rename: from a key in the checkpoint to the name that the state dict has for it: a mapping, or a function.
+            progress: show how far the coordinator's reading has come: True for a bar where stderr is a terminal, and
+                lines in the log elsewhere; or a function, given bytes that are done and bytes in all.
             options: how to read.
             store: how to reach the store.
             **overrides: any field of `ReadOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
@@ -98,6 +106,9 @@ class ObjectStoreReader(StorageReader):
         self._url = check_url(os.fspath(url)) if url is not None else None
         self._group = process_group
         self._rename = rename
+        self._progress = progress
+        self._is_coordinator = False
+        self._recorder: Recorder | None = None
         self._access: Access | None = None
         self._keys: Mapping[str, str] = {}
         self._failure: CheckpointError | None = None
@@ -130,12 +141,14 @@ class ObjectStoreReader(StorageReader):
         """
         self._close()
         self._failure = None
+        recorder = self._begun()
         try:
-            with border(LoadFailedError, "reading the manifest"):
+            with border(LoadFailedError, "reading the manifest"), recorder.step(PLAN):
                 return self._read_metadata()
         except CheckpointError as e:
             self._close()
             self._failure = e
+            self._tell(None, e)
             return Metadata({}, planner_data={})
 
     def set_up_storage_reader(
@@ -150,7 +163,8 @@ class ObjectStoreReader(StorageReader):
         Raises:
             CheckpointNotFoundError, NotCommittedError, ManifestError, StoreError: see `engine.commit`.
         """
-        del metadata, is_coordinator, args, kwargs
+        del metadata, args, kwargs
+        self._is_coordinator = is_coordinator
         if self._failure is not None:
             raise self._failure
 
@@ -175,14 +189,18 @@ class ObjectStoreReader(StorageReader):
             UnsafePickleError: a bytes item would load a class; tensors are loaded, no bytes item is.
             IntegrityError, StoreError: what was being loaded into is undefined, unless ``verify="before"``.
         """
-        with border(LoadFailedError, "the load"):
-            access, self._access = self._access, None
-            if access is None:
-                msg = "read_data without read_metadata; use dcp.load"
-                raise UsageError(msg)
-            with access:
-                self._load(plan, planner, access)
-            log.info("loaded from %s: %s", self._url, self.stats)
+        access, self._access = self._access, None
+        try:
+            with border(LoadFailedError, "the load"):
+                if access is None:
+                    msg = "read_data without read_metadata; use dcp.load"
+                    raise UsageError(msg)
+                with access:
+                    self._load(plan, planner, access)
+        except CheckpointError as e:
+            self._tell(access, e)
+            raise
+        self._tell(access)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -190,7 +208,9 @@ class ObjectStoreReader(StorageReader):
     def _load(self, plan: LoadPlan, planner: LoadPlanner, access: Access) -> None:
         loading = Loading(plan, planner, access.contents, self._keys, self._options)
         try:
-            access.read(loading.asks, loading.build)
+            with shown(f"loading {self._url}", self._is_coordinator and self._progress) as report:
+                access.recorder.report = report
+                access.read(loading.asks, loading.build)
         except (IntegrityError, StoreError) as e:
             e.add_note(_AFTER_FAILURE[self._options.verify == "before"])
             raise
@@ -216,11 +236,9 @@ class ObjectStoreReader(StorageReader):
     def read_metadata_from(self, data: bytes | None) -> Metadata:
         """As `read_metadata`, from what `fetch_manifest` returned on whichever rank; raises what it runs into."""
         self._close()
-        with border(LoadFailedError, "reading the manifest"):
-            url = self._checked_url()
-            if data is None:
-                return self._opened(*find(url, self._options, self._store))
-            return self._opened(manifest_contents(data, url, self._options), Session(url, self._store))
+        recorder = self._begun()
+        with border(LoadFailedError, "reading the manifest"), recorder.step(PLAN):
+            return self._read_metadata_from(data)
 
     def _read_metadata(self) -> Metadata:
         if self._group is None:
@@ -234,12 +252,55 @@ class ObjectStoreReader(StorageReader):
         dist.broadcast_object_list(found, group=self._group, group_src=0)
         if isinstance(found[0], CheckpointError):
             raise found[0]
-        return self.read_metadata_from(found[0])
+        return self._read_metadata_from(found[0])
+
+    def _read_metadata_from(self, data: bytes | None) -> Metadata:
+        url = self._checked_url()
+        if data is None:
+            return self._opened(*find(url, self._options, self._store))
+        return self._opened(manifest_contents(data, url, self._options), Session(url, self._store))
 
     def _opened(self, contents: Contents, session: Session) -> Metadata:
-        self._access = Access(contents, session, self._options, self.stats)
+        rank, world_size = rank_and_world_size()
+        self._access = Access(
+            contents,
+            session,
+            self._options,
+            self.stats,
+            recorder=self._recorder,
+            rank=rank,
+            world_size=world_size,
+        )
         self._keys = select(contents.entries, rename=self._rename).keys
         return _metadata_of(contents, self._keys, str(self._url))
+
+    def _begun(self) -> Recorder:
+        self._recorder = Recorder(keeps_events=self._options.trace is not None, context=telemetry.current_context())
+        return self._recorder
+
+    def _tell(self, access: Access | None, error: CheckpointError | None = None) -> None:
+        """Tells whoever wants to know that the load is over, and of what it failed, if it did."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return
+        kind = "" if error is None else type(error).__name__
+        outcome = Outcome(kind="load", url=str(self._url), error=kind) if access is None else access.outcome(kind)
+        telemetry.tell(recorder, outcome)
+        if error is None:
+            fetched, seconds = recorder.tally(FETCH), time.time() - recorder.began
+            log.info(
+                "loaded from %s: %s, %s fetched in %d request(s), %.2f s, %s/s",
+                outcome.url,
+                show_size(outcome.nbytes),
+                show_size(fetched.nbytes),
+                fetched.count,
+                seconds,
+                show_size(round(fetched.nbytes / max(seconds, 1e-6))),
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but a load under way: what goes to another process begins none."""
+        return self.__dict__ | {"_access": None, "_recorder": None}
 
     def _checked_url(self) -> str:
         if self._url is None:

@@ -24,9 +24,11 @@ from cloudckpt.dcp.staging import Staged, Stager
 from cloudckpt.dcp.staging.containers import tensors_in
 from cloudckpt.dcp.state.per_rank import attach
 from cloudckpt.dcp.state.stateful import to_save
+from cloudckpt.dcp.stats import SaveStats
 from cloudckpt.dcp.uploading import HereUploader, Uploader
 from cloudckpt.dcp.writer import ObjectStoreWriter
 from cloudckpt.engine.cancellation import Cancellation
+from cloudckpt.engine.tracing import STAGE, Recorder
 from cloudckpt.engine.write import WriteOptions
 from cloudckpt.errors import (
     CheckpointError,
@@ -35,6 +37,7 @@ from cloudckpt.errors import (
     SaveFailedError,
     UsageError,
 )
+from cloudckpt.progress import Progress
 from cloudckpt.store.url import StoreOptions
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class SavePolicy:
     hooks: Sequence[WriterHook]
     on_exists: OnExists
     on_busy: OnBusy
+    progress: Progress
     state_options: StateDictOptions | None
     options: WriteOptions
     store: StoreOptions
@@ -138,7 +142,8 @@ class Saver:
             return SaveHandle.of_skipped(begun.step, str(begun.writer.checkpoint_id))
         began = time.monotonic()
         try:
-            staged = self._stager.stage(self._state(request))
+            with begun.recorder.step(STAGE):
+                staged = self._stager.stage(self._state(request))
         except BaseException as e:
             self._fail(begun, e)
             raise
@@ -188,6 +193,7 @@ class Saver:
                 inline_values=True,
                 hooks=self._policy.hooks,
                 uploader=uploader,
+                progress=self._policy.progress,
                 options=options,
                 store=self._policy.store,
             )
@@ -198,7 +204,7 @@ class Saver:
         if agreed.failure is not None:
             raise self._background.tell(agreed.failure)
         self._count += 1
-        return _Begun(agreed.step, self._count, made[-1], agreed.is_busy)
+        return _Begun(agreed.step, self._count, made[-1], made[-1].new_recorder(), agreed.is_busy)
 
     def _submit(self, begun: "_Begun", state: Callable[[], dict[str, Any]]) -> SaveHandle:
         """Has the background save it; there ``state`` gives the state dict, or raises."""
@@ -207,7 +213,7 @@ class Saver:
         def save() -> Saved:
             label = f"step {begun.step} (save {begun.number} of this job)"
             try:
-                done = self._driver.save(state, begun.writer, cancellation, label)
+                done = self._driver.save(state, begun.writer, cancellation, begun.recorder, label)
             except BaseException as e:
                 if isinstance(e, CheckpointExistsError) and self._policy.on_exists == "skip":
                     return Saved(step=begun.step, url=str(begun.writer.checkpoint_id), was_skipped=True)
@@ -246,6 +252,7 @@ class _Begun(NamedTuple):
     step: int
     number: int
     writer: ObjectStoreWriter
+    recorder: Recorder
     is_busy: bool
     staged: Staged | None = None
     staging_s: float = 0.0
@@ -270,4 +277,5 @@ def _saved(begun: _Begun, done: Done) -> Saved:
         upload_s=done.upload_s,
         coordination_s=done.coordination_s,
         hook_failures=done.hook_failures,
+        stats=begun.writer.stats or SaveStats(),
     )

@@ -95,7 +95,9 @@ class ProcessUploader:
             held = [] if self._stager is None else self._stager.memories
             places, memories = self._memories.place(job.items, job.sources, held)
             try:
-                outcome = process.upload(_pickled(job, places), memories, job.cancellation, job.deadline)
+                outcome = process.upload(
+                    _pickled(job, places), memories, job.cancellation, job.deadline, job.recorder
+                )
             except LostError as e:
                 process.kill()
                 self._process = None
@@ -160,6 +162,7 @@ def _pickled(job: UploadJob, places: list[Place]) -> bytes:
             plans=job.plans,
             items=msgspec.msgpack.encode(job.items),
             places=places,
+            is_reported=job.recorder.report is not None,
         )
         return pickle.dumps(order, pickle.HIGHEST_PROTOCOL)
     except Exception as e:

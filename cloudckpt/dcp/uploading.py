@@ -4,7 +4,7 @@ Law: moves what was planned, and knows nothing of plans, ranks or commits.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from cloudckpt.engine.cancellation import Cancellation
@@ -12,6 +12,7 @@ from cloudckpt.engine.deadline import Deadline
 from cloudckpt.engine.framing import AnyPlan, Item
 from cloudckpt.engine.session import Session
 from cloudckpt.engine.sources import Source
+from cloudckpt.engine.tracing import Recorder
 from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.store.protocols import Store
@@ -29,6 +30,7 @@ class UploadJob:
         plans: one for each shard.
         items: of the rank, in the order that the plans number them in.
         sources: of their bytes, likewise.
+        recorder: of the save.
     """
 
     session: Session
@@ -38,6 +40,7 @@ class UploadJob:
     plans: Sequence[AnyPlan]
     items: Sequence[Item]
     sources: Sequence[Source]
+    recorder: Recorder = field(default_factory=Recorder)
 
 
 class Uploader(Protocol):
@@ -60,6 +63,7 @@ class HereUploader:
 
         async def upload(store: Store) -> list[Written]:
             async with job.deadline.kept(), job.cancellation.kept():
-                return await ShardWriter(store, job.options).write(job.plans, job.items, job.sources)
+                writer = ShardWriter(store, job.options, job.recorder)
+                return await writer.write(job.plans, job.items, job.sources)
 
-        return job.session.run(upload)
+        return job.session.run(upload, job.recorder)

@@ -5,8 +5,9 @@ Law: translates. Nothing that belongs to one attempt lives in the plan: DCP's pl
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from secrets import token_hex
@@ -15,70 +16,39 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from cloudckpt import layout, manifest
+from cloudckpt import manifest
+from cloudckpt.dcp.attempt import Attempt, Committed, Prepared
 from cloudckpt.dcp.border import border
-from cloudckpt.dcp.hooks import CommitInfo, HookFailure, WriterHook, check_hooks, run_post_commit, run_pre_commit
+from cloudckpt.dcp.hooks import CommitInfo, WriterHook, check_hooks, run_post_commit, run_pre_commit
+from cloudckpt.dcp.planning import plan_rank
+from cloudckpt.dcp.ranks.info import rank_and_world_size
 from cloudckpt.dcp.resolving import refuse_unstorable, resolve, take_values
 from cloudckpt.dcp.results import assemble, pack, pack_values, planner_paths
 from cloudckpt.dcp.state.values import room_of_rank
+from cloudckpt.dcp.stats import SaveStats
 from cloudckpt.dcp.uploading import HereUploader, Uploader, UploadJob
-from cloudckpt.engine import commit
+from cloudckpt.engine import commit, telemetry
 from cloudckpt.engine.cancellation import Cancellation
 from cloudckpt.engine.commit import Uploaded
 from cloudckpt.engine.deadline import Deadline
-from cloudckpt.engine.framing import MAX_PARTS, AnyPlan, Item, plan_frames, plan_shards
 from cloudckpt.engine.sealing import seal
 from cloudckpt.engine.session import Session
+from cloudckpt.engine.traces import check_place
+from cloudckpt.engine.tracing import COMMIT, PLAN, Recorder
 from cloudckpt.engine.write import WriteOptions
-from cloudckpt.errors import SaveFailedError, StoreError, UsageError
-from cloudckpt.extensions.aesgcm import DataKey
+from cloudckpt.errors import CheckpointError, SaveFailedError, StoreError, UsageError
 from cloudckpt.extensions.chain import Rules
 from cloudckpt.manifest import Entry, Manifest, PlannerPath, Shard, Summary
+from cloudckpt.progress import Progress, show_size, shown
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, check_url, with_overrides
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Committed:
-    """A checkpoint that exists from now on.
-
-    Attributes:
-        info: what there is.
-        hook_failures: of the hooks that failed after the commit.
-    """
-
-    info: CommitInfo
-    hook_failures: tuple[HookFailure, ...]
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """One save: where it goes, whatever the writer is told meanwhile, what it replaces there, and what it wrote."""
-
-    session: Session
-    deadline: Deadline
-    cancellation: Cancellation
-    replaces: commit.Replaced | None = None
-    key: DataKey | None = None
-    shard_keys: tuple[str, ...] = ()
-    prepared: "_Prepared | None" = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """All that a commit takes."""
-
-    manifest: bytes
-    uploaded: list[Uploaded]
-    info: CommitInfo
 
 
 class ObjectStoreWriter(StorageWriter):
@@ -90,6 +60,9 @@ class ObjectStoreWriter(StorageWriter):
 
     Example:
         >>> dcp.save(state_dict, storage_writer=ObjectStoreWriter("s3://bucket/run/step-100"))
+
+    Attributes:
+        stats: what the last save did on this rank, when its part in it is over; None before.
     """
 
     def __init__(
@@ -102,6 +75,7 @@ class ObjectStoreWriter(StorageWriter):
         inline_values: bool = False,
         hooks: Sequence[WriterHook] = (),
         uploader: Uploader | None = None,
+        progress: Progress = False,
         options: WriteOptions | None = None,
         store: StoreOptions | None = None,
         **overrides: Any,
@@ -117,6 +91,8 @@ class ObjectStoreWriter(StorageWriter):
                 of as pickled bytes in a shard. They are lost if the manifest is.
             hooks: run on the coordinator around the commit.
             uploader: uploads this rank's shards; None to do it in this process.
+            progress: show how far the coordinator's upload has come: True for a bar where stderr is a terminal, and
+                lines in the log elsewhere; or a function, given bytes that are done and bytes in all.
             options: how to write.
             store: how to reach the store.
             **overrides: any field of `WriteOptions`, `S3Options`, `RetryOptions` or `TrafficOptions`, by name.
@@ -135,7 +111,9 @@ class ObjectStoreWriter(StorageWriter):
         self._inlines_values = inline_values
         self._hooks = check_hooks(hooks)
         self._uploader = uploader or HereUploader()
-        self._attempts: dict[int, _Attempt] = {}  # by thread: a save runs in one, several may be under way
+        self._progress = progress
+        self.stats: SaveStats | None = None
+        self._attempts: dict[int, Attempt] = {}  # by thread: a save runs in one, several may be under way
 
     @property
     def checkpoint_id(self) -> str | None:
@@ -166,16 +144,17 @@ class ObjectStoreWriter(StorageWriter):
         Args:
             is_coordinator: whether this rank commits.
             *args: DCP's.
-            **kwargs: DCP's; and ``cancellation``, a `Cancellation` of this save.
+            **kwargs: DCP's; and ``cancellation``, a `Cancellation`, and ``recorder``, a `Recorder`, of this save.
 
         Raises:
-            UsageError: no URL, or ``use_collectives=False``.
+            UsageError: no URL, or ``use_collectives=False``; or traces would lie below the URL.
             CheckpointExistsError: a committed checkpoint is there and ``overwrite`` is off.
             EncryptionKeyError, MissingLibraryError: encryption is on and cannot be done.
             StoreError: the bucket cannot be reached.
         """
         del args
-        with border(SaveFailedError, "setting up the save"):
+        self._attempts.pop(get_ident(), None)
+        with self._told(), border(SaveFailedError, "setting up the save"):
             if self._url is None:
                 msg = "no URL to save to; give one to ObjectStoreWriter(...) or as checkpoint_id="
                 raise UsageError(msg)
@@ -185,17 +164,16 @@ class ObjectStoreWriter(StorageWriter):
                     "one checkpoint for all ranks. Save with collectives"
                 )
                 raise UsageError(msg)
-            attempt = _Attempt(
-                Session(self._url, self._store),
-                Deadline(self._options.deadline_s),
-                kwargs.get("cancellation") or Cancellation(),
-            )
+            check_place(self._options.trace, self._url)
+            attempt = self._begun(self._url, is_coordinator, kwargs.get("cancellation"), kwargs.get("recorder"))
+            self._attempts[get_ident()] = attempt
             attempt.cancellation.refuse()
             if is_coordinator:
                 overwrite = self._options.overwrite
                 attempt.key = self._rules.new_data_key()
-                attempt.replaces = attempt.session.run(lambda store: commit.prepare(store, overwrite=overwrite))
-            self._attempts[get_ident()] = attempt
+                attempt.replaces = attempt.session.run(
+                    lambda store: commit.prepare(store, overwrite=overwrite), attempt.recorder
+                )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuses what cannot be stored, by what the plan knows of it."""
@@ -210,27 +188,34 @@ class ObjectStoreWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Uploads this rank's items; returns when they are up."""
-        with border(SaveFailedError, "the save"):
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-            ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-            plan, values = take_values(plan, planner, room_of_rank(ranks) if self._inlines_values else 0)
-            written, items, sources = resolve(plan, planner)
-            plans = self._plan(items, [w.key for w in written], rank)
+        with self._told(), border(SaveFailedError, "the save"):
             attempt = self._attempt()
+            with attempt.recorder.step(PLAN):
+                room = room_of_rank(attempt.world_size) if self._inlines_values else 0
+                plan, values = take_values(plan, planner, room)
+                written, items, sources = resolve(plan, planner)
+                keys = [w.key for w in written]
+                plans = plan_rank(items, keys, rules=self._rules, options=self._options, rank=attempt.rank)
             attempt.shard_keys = tuple(planned.key for planned in plans)
-            shards = self._uploader.upload(
-                UploadJob(
-                    session=attempt.session,
-                    options=self._options,
-                    deadline=attempt.deadline,
-                    cancellation=attempt.cancellation,
-                    plans=plans,
-                    items=items,
-                    sources=sources,
-                )
+            attempt.nbytes = sum(w.nbytes for w in written)
+            job = UploadJob(
+                session=attempt.session,
+                options=self._options,
+                deadline=attempt.deadline,
+                cancellation=attempt.cancellation,
+                plans=plans,
+                items=items,
+                sources=sources,
+                recorder=attempt.recorder,
             )
+            with shown(f"saving {attempt.session.url}", attempt.is_coordinator and self._progress) as report:
+                attempt.recorder.report = report
+                shards = self._uploader.upload(job)
+            attempt.stored_nbytes = sum(shard.shard.size for shard in shards)
             results = [pack(p, shard, written) for p, shard in zip(plans, shards, strict=True)]
             results += pack_values(values)
+            if not attempt.is_coordinator:
+                self._end(attempt)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -252,15 +237,16 @@ class ObjectStoreWriter(StorageWriter):
             SaveCancelledError: the save was cancelled.
             CheckpointError: from a hook.
         """
-        with border(SaveFailedError, "preparing the commit"):
-            shards, etags, entries = assemble(metadata, results)
-            made = self._manifest(shards, entries, planner_paths(metadata))
+        with self._told(), border(SaveFailedError, "preparing the commit"):
             attempt = self._attempt()
-            attempt.prepared = _Prepared(
-                manifest.encode(made) if attempt.key is None else seal(made, attempt.key),
-                [Uploaded(s.key, s.size, etag) for s, etag in zip(shards, etags, strict=True)],
-                _info(made, attempt.session.url),
-            )
+            with attempt.recorder.step(COMMIT):
+                shards, etags, entries = assemble(metadata, results)
+                made = self._manifest(shards, entries, planner_paths(metadata))
+                attempt.prepared = Prepared(
+                    manifest.encode(made) if attempt.key is None else seal(made, attempt.key),
+                    [Uploaded(s.key, s.size, etag) for s, etag in zip(shards, etags, strict=True)],
+                    CommitInfo.of(made, attempt.session.url),
+                )
             run_pre_commit(self._hooks, attempt.prepared.info)
             attempt.cancellation.refuse()
 
@@ -271,7 +257,7 @@ class ObjectStoreWriter(StorageWriter):
             IntegrityError: a shard is not there as it was uploaded.
             CommitConflictError, CommitUnknownError, StoreError: see `engine.commit.commit`.
         """
-        with border(SaveFailedError, "the commit"):
+        with self._told(), border(SaveFailedError, "the commit"):
             attempt = self._attempt()
             prepared = attempt.prepared
             if prepared is None:
@@ -290,19 +276,30 @@ class ObjectStoreWriter(StorageWriter):
                     deadline_s=self._options.commit_deadline_s,
                 )
 
-            attempt.session.run(put)
-            info = prepared.info
+            with attempt.recorder.step(COMMIT):
+                attempt.session.run(put, attempt.recorder)
+            info, seconds = prepared.info, time.time() - attempt.recorder.began
             log.info(
-                "saved %s: %d bytes in %d shards, %d entries",
+                "saved %s: %s (%s stored) in %d shard(s), %d entries, %.2f s, %s/s",
                 info.url,
-                info.nbytes,
+                show_size(info.nbytes),
+                show_size(info.stored_nbytes),
                 info.shard_count,
                 info.entry_count,
+                seconds,
+                show_size(round(info.stored_nbytes / max(seconds, 1e-6))),
             )
+            self._end(attempt)
             failures = tuple(run_post_commit(self._hooks, info))
             for failure in failures:
                 log.warning("%s is committed; %s", info.url, failure)
             return Committed(info=info, hook_failures=failures)
+
+    def fail(self, error: CheckpointError) -> None:
+        """Takes note that the save failed, on whichever rank."""
+        attempt = self._attempts.get(get_ident())
+        if attempt is not None:
+            self._end(attempt, error)
 
     def discard(self) -> None:
         """Deletes the shards that this rank uploaded for a save that will not be committed.
@@ -318,31 +315,6 @@ class ObjectStoreWriter(StorageWriter):
             attempt.session.run(lambda store: store.delete(keys))
         except StoreError as e:
             log.warning("shards of a failed save to %s stay until they are swept: %s", attempt.session.url, e)
-
-    def _plan(self, items: list[Item], keys: list[str], rank: int) -> list[AnyPlan]:
-        """The rank's shards: for each chain of extensions its own."""
-        options = self._options
-        plans: list[AnyPlan] = []
-        for chain, chosen in self._rules.group(keys):
-            if chain.extensions:
-                plans += plan_frames(
-                    items,
-                    chosen,
-                    chain,
-                    frame_size=options.frame_size,
-                    new_key=lambda: layout.shard_key(token_hex(16), layout.FRAMES),
-                    max_size=MAX_PARTS * options.frames_part_size // 2,
-                )
-            else:
-                plans += plan_shards(
-                    items,
-                    chosen,
-                    rank=rank,
-                    frame_size=options.frame_size,
-                    new_token=lambda: token_hex(16),
-                    key_of=lambda token: layout.shard_key(token, layout.SAFETENSORS),
-                )
-        return plans
 
     def _manifest(
         self, shards: tuple[Shard, ...], entries: dict[str, Entry], paths: dict[str, PlannerPath] | None
@@ -373,27 +345,48 @@ class ObjectStoreWriter(StorageWriter):
         """All but the saves under way: what goes to another process begins none of them."""
         return self.__dict__ | {"_attempts": {}}
 
-    def _attempt(self) -> _Attempt:
+    def _begun(
+        self,
+        url: str,
+        is_coordinator: bool,  # noqa: FBT001
+        cancellation: Cancellation | None,
+        recorder: Recorder | None,
+    ) -> Attempt:
+        rank, world_size = rank_and_world_size()
+        return Attempt(
+            session=Session(url, self._store),
+            deadline=Deadline(self._options.deadline_s),
+            cancellation=cancellation or Cancellation(),
+            recorder=recorder or self.new_recorder(),
+            trace=self._options.trace,
+            rank=rank,
+            world_size=world_size,
+            is_coordinator=is_coordinator,
+        )
+
+    def new_recorder(self) -> Recorder:
+        """For a save that begins now, asked for by who calls this."""
+        return Recorder(keeps_events=self._options.trace is not None, context=telemetry.current_context())
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Has what fails in this context be known as a failure of this thread's save."""
+        try:
+            yield
+        except CheckpointError as e:
+            self.fail(e)
+            raise
+
+    def _end(self, attempt: Attempt, error: CheckpointError | None = None) -> None:
+        self.stats = attempt.stats()
+        attempt.end(error)
+
+    def _attempt(self) -> Attempt:
         try:
             return self._attempts[get_ident()]
         except KeyError:
             msg = "write_data or finish without set_up_storage_writer in the same thread; use dcp.save"
             raise UsageError(msg) from None
-
-
-def _info(made: Manifest, url: str) -> CommitInfo:
-    summary = made.summary
-    return CommitInfo(
-        url=url,
-        step=summary.step,
-        metadata=made.metadata,
-        save_id=summary.save_id,
-        created=summary.created,
-        nbytes=summary.nbytes,
-        stored_nbytes=summary.stored_nbytes,
-        shard_count=summary.shard_count,
-        entry_count=summary.entry_count,
-    )
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from cloudckpt.engine.fetching import Fetch, RegionRead, frame_range, is_of_whol
 from cloudckpt.engine.frame_fetching import FramedRead, by_frames, plan_frame_fetches
 from cloudckpt.engine.read_frames import WantedFrames, fetch_again, fetch_frames, fetch_nbytes, read_again
 from cloudckpt.engine.sinks import Sink
+from cloudckpt.engine.tracing import FETCH, PLACE, PLAN, RESTORE, Recorder
 from cloudckpt.errors import UsageError
 from cloudckpt.extensions.keys import Keys
 from cloudckpt.extensions.registry import ExtensionRegistry
 from cloudckpt.ranges import Range, Region, balanced_size
-from cloudckpt.store.protocols import Get, GetRange
+from cloudckpt.store.protocols import Get
+from cloudckpt.store.url import check_url
 from cloudckpt.threads import in_thread
 
 _LEAST_REQUEST_SIZE = 8 << 20
@@ -59,6 +61,8 @@ class ReadOptions:
             destination before it was verified, so that after a failed load each frame of it holds what it held or
             what was saved; everything goes through memory of the budget and is copied once. Frames with extensions
             are always read so. What others wrote has no checksums, and cannot be read by the latter two.
+        trace: URL below which each rank leaves a trace of the load, outside the checkpoint; of what is opened with
+            `cloudckpt.open`, when it is closed (docs/observing.md).
     """
 
     max_request_size: int = 64 << 20
@@ -71,8 +75,11 @@ class ReadOptions:
     keys: Keys | None = field(default=None, repr=False)
     require_seal: bool = False
     verify: Verify = "frames"
+    trace: str | None = None
 
     def __post_init__(self) -> None:
+        if self.trace is not None:
+            check_url(self.trace)
         if self.max_request_size < 1 or self.max_inflight_nbytes < 1 or self.max_gap < 0:
             msg = (
                 f"max_request_size={self.max_request_size} and max_inflight_nbytes={self.max_inflight_nbytes} must "
@@ -95,13 +102,36 @@ class Stats:
         requests: ranged GETs that brought data, those of frames that had to be fetched again included.
         bytes_fetched: their bytes.
         bytes_needed: bytes that were asked for.
-        seconds: of wall time.
+        seconds: of wall time, of fetching and all that goes on beside it.
+        retries: requests that were made again.
+        plan_s: seconds of finding out where what was asked for lies; reading a manifest is not counted.
+        fetch_s: seconds of the requests, added up: divided by ``seconds``, how many went on at a time.
+        restore_s: seconds of threads that verified, restored and placed whole frames, added up.
+        place_s: seconds of threads that verified and placed what came to the byte, added up.
     """
 
     requests: int = 0
     bytes_fetched: int = 0
     bytes_needed: int = 0
     seconds: float = 0.0
+    retries: int = 0
+    plan_s: float = 0.0
+    fetch_s: float = 0.0
+    restore_s: float = 0.0
+    place_s: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Bytes fetched in a second."""
+        return self.bytes_fetched / self.seconds if self.seconds else 0.0
+
+    def count(self, recorder: Recorder) -> None:
+        """Adds what a recorder took down of a read."""
+        self.retries += recorder.retries
+        self.plan_s += recorder.tally(PLAN).seconds
+        self.fetch_s += recorder.tally(FETCH).seconds
+        self.restore_s += recorder.tally(RESTORE).seconds
+        self.place_s += recorder.tally(PLACE).seconds
 
 
 class Wanted(Struct, frozen=True, gc=False):
@@ -126,18 +156,27 @@ _Placing = tuple[Wanted, Range, Region | None, memoryview]
 """What holds bytes that arrived: for whom, which of the shard's, and the rectangle to place where there is one."""
 
 
-async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats) -> None:
+async def read_regions(
+    store: Get, wanted: Sequence[Wanted], options: ReadOptions, stats: Stats, recorder: Recorder | None = None
+) -> None:
     """Reads all regions into their sinks, verified as `ReadOptions.verify` says.
 
     A frame that does not match its checksum is fetched once more, with a warning: what was damaged on its way heals.
     On failure the contents of all sinks are undefined, unless ``verify="before"``.
+
+    Args:
+        store: has the shards.
+        wanted: the regions.
+        options: how to read.
+        stats: is added to, but for what is taken from the recorder (see `Stats.count`).
+        recorder: of the read.
 
     Raises:
         IntegrityError: a frame does not match its checksum, twice, or cannot be restored.
         StoreError: a shard is missing, shorter than the manifest says, or could not be read.
         UsageError: all is to be verified, and there are no checksums; nothing was fetched.
     """
-    began = perf_counter()
+    began, recorder = perf_counter(), recorder or Recorder()
     plain, framed = _by_way(wanted, options.verify)
     reads = [w.read for w in plain]
     is_placed = any(not read.is_direct for read in reads)
@@ -148,13 +187,14 @@ async def read_regions(store: Get, wanted: Sequence[Wanted], options: ReadOption
         [w.framed for w in framed], max_request_size=_frames_request_size(options, framed), max_gap=options.max_gap
     )
     budget = Budget(options.max_inflight_nbytes, concurrency=options.concurrency + AHEAD)
-    limited = _Limited(store, options.concurrency)
+    recorder.expect(sum(len(fetch.at) for fetch in fetches) + sum(len(fetch.at) for fetch in frame_fetches))
+    limited = _Limited(store, options.concurrency, recorder)
     pool = BufferPool(options.max_inflight_nbytes)
     fragments: list[_Fragment] = []
     async with asyncio.TaskGroup() as group:  # what takes longest first, so that the end is short
         for frames in frame_fetches:
             granted = await budget.take(fetch_nbytes(frames, framed))
-            task = group.create_task(fetch_frames(limited, frames, framed, pool))
+            task = group.create_task(fetch_frames(limited, frames, framed, pool, recorder))
             budget.give_when_done(task, granted)
         for fetch in sorted(fetches, key=lambda f: -len(f.at)):
             granted = await budget.take(_scratch_nbytes(fetch))
@@ -213,20 +253,22 @@ def _request_size(options: ReadOptions, reads: Sequence[RegionRead], *, is_place
 class _Limited:
     """A store that is asked for so many ranges at a time."""
 
-    def __init__(self, store: Get, concurrency: int) -> None:
+    def __init__(self, store: Get, concurrency: int, recorder: Recorder) -> None:
         self._store = store
+        self.recorder = recorder
         self._slots = asyncio.Semaphore(concurrency)
         self.requests = self.nbytes = 0
 
     async def get_range(self, key: str, at: Range, into: Sequence[memoryview]) -> None:
         async with self._slots:
-            await self._store.get_range(key, at, into)
+            with self.recorder.step(FETCH, len(at), key):
+                await self._store.get_range(key, at, into)
         self.requests += 1
         self.nbytes += len(at)
 
 
 async def _fetch(
-    store: GetRange, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: list[_Fragment]
+    store: _Limited, fetch: Fetch, wanted: Sequence[Wanted], pool: BufferPool, fragments: list[_Fragment]
 ) -> None:
     scratch = pool.take(_scratch_nbytes(fetch))
     views, placing, used, position = [], [], 0, fetch.at.start
@@ -244,13 +286,15 @@ async def _fetch(
         placing.append((wanted[piece.read], piece.at, piece.region, view))
         position = piece.at.stop
     await store.get_range(fetch.key, fetch.at, [v for v in views if len(v)])
-    some, unsound = await in_thread(_verify_and_place, placing)
+    timed = store.recorder.timed
+    some, unsound = await in_thread(timed, PLACE, len(fetch.at), fetch.key, _verify_and_place, placing)
     if unsound:
         for of, frame, view in unsound:
             at, checksum = frame_range(of.read, frame).shift(of.read.start), of.read.checksums[frame]
             await fetch_again(store, view, name=of.name, key=of.read.key, frame=frame, at=at, checksum=checksum)
         await in_thread(_place, placing)
     fragments += some
+    store.recorder.advance(len(fetch.at))
     pool.give(scratch)
 
 

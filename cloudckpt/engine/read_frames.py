@@ -14,6 +14,7 @@ from cloudckpt.engine.budget import BufferPool
 from cloudckpt.engine.fetching import frame_range
 from cloudckpt.engine.frame_fetching import FramedRead, FramesFetch, WantedFrame, placements, wanted_frame
 from cloudckpt.engine.sinks import Sink, damaged
+from cloudckpt.engine.tracing import RESTORE, Recorder
 from cloudckpt.errors import IntegrityError
 from cloudckpt.extensions.base import FrameContext
 from cloudckpt.ranges import Range
@@ -42,7 +43,9 @@ def fetch_nbytes(fetch: FramesFetch, wanted: Sequence[WantedFrames]) -> int:
     return len(fetch.at) + _COPIES * max(frame.nbytes for frame in fetch.frames)
 
 
-async def fetch_frames(store: GetRange, fetch: FramesFetch, wanted: Sequence[WantedFrames], pool: BufferPool) -> None:
+async def fetch_frames(
+    store: GetRange, fetch: FramesFetch, wanted: Sequence[WantedFrames], pool: BufferPool, recorder: Recorder
+) -> None:
     """Fetches, verifies, restores and places.
 
     Raises:
@@ -51,12 +54,16 @@ async def fetch_frames(store: GetRange, fetch: FramesFetch, wanted: Sequence[Wan
     buffer = pool.take(len(fetch.at))
     stored = buffer[: len(fetch.at)]
     await store.get_range(fetch.key, fetch.at, [stored] if len(stored) else [])
-    unsound = await in_thread(_place_sound, fetch, fetch.frames, stored, wanted)
+    timed = recorder.timed
+    unsound = await in_thread(
+        timed, RESTORE, len(fetch.at), fetch.key, _place_sound, fetch, fetch.frames, stored, wanted
+    )
     if unsound:
         for frame in unsound:
             user, inside = wanted[frame.reads[0]], frame.at.shift(-fetch.at.start)
             await _fetch_again(store, user, frame.index, frame.at, stored[inside.start : inside.stop])
         await in_thread(_place_sound, fetch, unsound, stored, wanted)
+    recorder.advance(len(fetch.at))
     pool.give(buffer)
 
 

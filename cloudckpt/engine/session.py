@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 from cloudckpt.engine import loop
 from cloudckpt.engine.lanes import other_lanes
+from cloudckpt.engine.tracing import Recorder
 from cloudckpt.errors import UsageError
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, close_kept_clients, open_store
@@ -31,8 +32,12 @@ class Session:
         self.options = options
         self._is_closed = False
 
-    def run(self, action: Callable[[Store], Coroutine[Any, Any, T]]) -> T:
+    def run(self, action: Callable[[Store], Coroutine[Any, Any, T]], recorder: Recorder | None = None) -> T:
         """Runs a coroutine with the store to its end, and returns its result.
+
+        Args:
+            action: the coroutine.
+            recorder: counts the requests that were made again.
 
         Raises:
             UsageError: the session was closed.
@@ -47,7 +52,11 @@ class Session:
                 other_lanes(self.url, self.options) as others,
                 open_store(self.url, self.options, keeps_client=True, others=others) as store,
             ):
-                return await action(store)
+                try:
+                    return await action(store)
+                finally:
+                    if recorder is not None:
+                        recorder.retries += getattr(store, "retries", 0)
 
         return loop.run(with_store)
 

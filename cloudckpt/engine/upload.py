@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cloudckpt.engine.budget import Budget, BufferPool
 from cloudckpt.engine.loop import CLEAN_UP_S, shielded
+from cloudckpt.engine.tracing import Recorder
 from cloudckpt.errors import StoreError
 from cloudckpt.manifest import Shard
 from cloudckpt.store.protocols import Delete, Multipart, Put, Upload
@@ -38,6 +39,7 @@ class Means:
         workers: frames that are transformed at a time.
         lookahead: runs of frames that are transformed before they are waited for.
         requests: that are under way at a time; the budget lets some more be staged meanwhile.
+        recorder: of the save.
     """
 
     store: Uploads
@@ -51,6 +53,7 @@ class Means:
     workers: asyncio.Semaphore
     lookahead: int
     requests: asyncio.Semaphore
+    recorder: Recorder
 
 
 @dataclass(frozen=True, slots=True)

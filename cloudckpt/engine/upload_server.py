@@ -26,6 +26,7 @@ from cloudckpt.engine.framing import AnyPlan, Item
 from cloudckpt.engine.loop import CLEAN_UP_S
 from cloudckpt.engine.session import Session
 from cloudckpt.engine.sources import BytesSource
+from cloudckpt.engine.tracing import Recorded, Recorder
 from cloudckpt.engine.upload import Written
 from cloudckpt.engine.write import ShardWriter, WriteOptions
 from cloudckpt.errors import CheckpointError, SaveFailedError, UsageError, unwrap
@@ -72,6 +73,7 @@ class Order:
         plans: one for each shard.
         items: in the order that the plans number them in, as MessagePack, which takes a twentieth of pickle's time.
         places: of their bytes, likewise: in which memory, from where, to where. Memory 0 has no bytes.
+        is_reported: whether the other end wants to know of bytes that are done.
     """
 
     url: str
@@ -81,6 +83,7 @@ class Order:
     plans: Sequence[AnyPlan]
     items: bytes
     places: Sequence[tuple[int, int, int]]
+    is_reported: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +101,21 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class Advanced:
+    """How far the upload of that number has come; see `progress.Report`."""
+
+    number: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
-    """What became of the upload of that number: what was written, or why nothing was."""
+    """What became of the upload of that number: what was written, or why nothing was; and what was recorded of it."""
 
     number: int
     outcome: list[Written] | CheckpointError
+    recorded: Recorded
 
 
 class UploadServer:
@@ -174,13 +187,18 @@ class UploadServer:
         self._worker.start()
 
     def _work(self, number: int, order: bytes, memories: Mapping[int, mmap.mmap], cancellation: Cancellation) -> None:
+        recorder = Recorder()
         try:
-            ended = Ended(number, _upload(_read(order), memories, cancellation))
+            read = _read(order)
+            recorder = Recorder(keeps_events=read.options.trace is not None)
+            if read.is_reported:
+                recorder.report = lambda done, total: self.send(Advanced(number, done, total))
+            outcome: list[Written] | CheckpointError = _upload(read, memories, cancellation, recorder)
         except BaseException as e:
-            ended = Ended(number, portable(e))
-        self.send(ended)
-        if not isinstance(ended.outcome, list):
-            del ended, memories
+            outcome = portable(e)
+        self.send(Ended(number, outcome, recorder.recorded()))
+        if not isinstance(outcome, list):
+            del outcome, memories
             gc.collect()  # or its traceback may hold on to memory for long
 
 
@@ -196,16 +214,18 @@ def _read(order: bytes) -> Order:
         raise UsageError(msg) from e
 
 
-def _upload(order: Order, memories: Mapping[int, mmap.mmap], cancellation: Cancellation) -> list[Written]:
+def _upload(
+    order: Order, memories: Mapping[int, mmap.mmap], cancellation: Cancellation, recorder: Recorder
+) -> list[Written]:
     views = {0: memoryview(b"")} | {number: memoryview(memory) for number, memory in memories.items()}
     items = msgspec.msgpack.decode(order.items, type=list[Item])
     sources = [BytesSource(views[memory][start:stop]) for memory, start, stop in order.places]
 
     async def upload(store: Store) -> list[Written]:
         async with order.deadline.kept(), cancellation.kept():
-            return await ShardWriter(store, order.options).write(order.plans, items, sources)
+            return await ShardWriter(store, order.options, recorder).write(order.plans, items, sources)
 
-    return Session(order.url, order.store).run(upload)
+    return Session(order.url, order.store).run(upload, recorder)
 
 
 def portable(error: BaseException) -> CheckpointError:

@@ -20,12 +20,14 @@ from cloudckpt.engine.framing import (
 )
 from cloudckpt.engine.loop import CLEAN_UP_S, shielded
 from cloudckpt.engine.sources import Source
+from cloudckpt.engine.tracing import Recorder
 from cloudckpt.engine.upload import Means, Uploads, Written
 from cloudckpt.engine.write_frames import LEAST_FRAMES, FramesUpload
 from cloudckpt.engine.write_plain import PlainUpload
 from cloudckpt.errors import StoreError, UsageError
 from cloudckpt.extensions.chain import Extensions, Rules
 from cloudckpt.extensions.scratch import Scratch
+from cloudckpt.store.url import check_url
 from cloudckpt.threads import in_thread
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class WriteOptions:
         extensions: what items go through on their way, first applied first: for all of them, or by pattern of
             their keys, ``{"optim.*": [BytePlane(), ZStandard()], "*": []}`` (see `extensions.chain.Rules`).
         transform_threads: frames that are transformed at a time.
+        trace: URL below which each rank leaves a trace of the save, outside the checkpoint (docs/observing.md).
     """
 
     part_size: int = 64 << 20
@@ -64,8 +67,11 @@ class WriteOptions:
     deadline_s: float = math.inf
     extensions: Extensions = ()
     transform_threads: int = 4
+    trace: str | None = None
 
     def __post_init__(self) -> None:
+        if self.trace is not None:
+            check_url(self.trace)
         if self.part_size < MIN_PART_SIZE:
             msg = f"part_size={self.part_size} is below the {MIN_PART_SIZE} bytes that S3 asks for"
             raise UsageError(msg)
@@ -109,8 +115,8 @@ class WriteOptions:
 class ShardWriter:
     """Writes the shards of one rank under one budget."""
 
-    def __init__(self, store: Uploads, options: WriteOptions) -> None:
-        """Writes to ``store``."""
+    def __init__(self, store: Uploads, options: WriteOptions, recorder: Recorder | None = None) -> None:
+        """Writes to ``store``; ``recorder`` is the save's."""
         self._store = store
         self._scratch = Scratch()
         share = share_of(options.max_inflight_nbytes, options.concurrency)
@@ -128,6 +134,7 @@ class ShardWriter:
             workers=asyncio.Semaphore(options.transform_threads),
             lookahead=max(1, options._lookahead),
             requests=asyncio.Semaphore(options.concurrency),
+            recorder=recorder or Recorder(),
         )
 
     async def write(
@@ -146,6 +153,7 @@ class ShardWriter:
             EncryptionKeyError: a key is missing; nothing was written.
             StoreError: the first failure; others are in its notes.
         """
+        self._means.recorder.expect(sum(_plain_nbytes(plan, items) for plan in plans))
         uploads = await in_thread(lambda: [self._upload(plan, items, sources) for plan in plans])
         try:
             async with asyncio.TaskGroup() as group:  # what takes longest first
@@ -177,3 +185,7 @@ class ShardWriter:
                         await self._store.abort_upload(upload)
         except (StoreError, TimeoutError) as e:
             log.warning("could not look for uploads of a failed save, they stay until they are swept: %s", e)
+
+
+def _plain_nbytes(plan: AnyPlan, items: Sequence[Item]) -> int:
+    return plan.size if isinstance(plan, ShardPlan) else sum(items[i].header.nbytes for i in plan.items)

@@ -18,6 +18,7 @@ from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.framing import FramesPlan, PlannedFrame
 from cloudckpt.engine.sources import Source
+from cloudckpt.engine.tracing import CHECKSUM, TRANSFORM, UPLOAD
 from cloudckpt.engine.upload import Means, Written, begin_upload
 from cloudckpt.extensions.chain import ShardChain
 from cloudckpt.manifest import Shard, pack
@@ -33,10 +34,11 @@ LEAST_FRAMES = 12
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """A frame as it is stored: its sections, in order, and the CRC32C of them all."""
+    """A frame as it is stored: its sections, in order, the CRC32C of them all, and its bytes before."""
 
     sections: Sequence[memoryview]
     crc32c: int
+    plain_nbytes: int
 
     @property
     def nbytes(self) -> int:
@@ -45,10 +47,15 @@ class _Frame:
 
 @dataclass(slots=True)
 class _Part:
-    """A part being filled: a buffer that is used again, or what many frames held would be scattered over memory."""
+    """A part being filled: a buffer that is used again, or what many frames held would be scattered over memory.
+
+    Attributes:
+        plain_nbytes: of the frames that begin in it.
+    """
 
     buffer: memoryview
     nbytes: int = 0
+    plain_nbytes: int = 0
 
     def fill(self, data: memoryview) -> memoryview:
         """Takes what there is room for, and returns the rest."""
@@ -124,7 +131,10 @@ class FramesUpload:
 
     async def _work(self, job: Sequence[PlannedFrame], cost: int) -> list[_Frame]:
         async with self._means.workers:
-            frames = await in_thread(self._transform, job)
+            nbytes = sum(len(frame.at) for frame in job)
+            frames: list[_Frame] = await in_thread(
+                self._means.recorder.timed, TRANSFORM, nbytes, self._plan.key, self._transform, job
+            )
         self._release(cost - sum(frame.nbytes for frame in frames))
         return frames
 
@@ -137,7 +147,7 @@ class FramesUpload:
             checksum = 0
             for section in stored:
                 checksum = crc32c(section, checksum)
-            frames.append(_Frame(stored, checksum))
+            frames.append(_Frame(stored, checksum, len(frame.at)))
         return frames
 
     async def _absorb(
@@ -147,6 +157,7 @@ class FramesUpload:
         for frame in job.result():
             self._sizes.append(frame.nbytes)
             self._checksums.append(frame.crc32c)
+            self._open.plain_nbytes += frame.plain_nbytes
             for section in frame.sections:
                 rest = self._open.fill(section)
                 while self._open.is_full:
@@ -155,26 +166,33 @@ class FramesUpload:
 
     async def _send(self, group: asyncio.TaskGroup, clean_up: AsyncExitStack) -> None:
         if self._upload is None:
-            self._upload = await begin_upload(self._means.store, self._plan.key, clean_up)
+            with self._means.recorder.step(UPLOAD, 0, self._plan.key):
+                self._upload = await begin_upload(self._means.store, self._plan.key, clean_up)
         part, self._open = self._open, self._new_part()
         self._parts.append(group.create_task(self._put_part(self._upload, len(self._parts), part)))
 
     async def _put_part(self, upload: Upload, index: int, part: _Part) -> Part:
-        offset = index * self._means.frames_part_size
-        async with self._means.requests:
-            checksum = await in_thread(crc32c, part.data)
-            done = await self._means.store.put_part(upload, index + 1, offset, [part.data], crc32c=checksum)
-        self._means.pool.give(part.buffer)
+        means, offset = self._means, index * self._means.frames_part_size
+        async with means.requests:
+            timed = means.recorder.timed
+            checksum = await in_thread(timed, CHECKSUM, part.nbytes, upload.key, crc32c, part.data)
+            with means.recorder.step(UPLOAD, part.nbytes, upload.key):
+                done = await means.store.put_part(upload, index + 1, offset, [part.data], crc32c=checksum)
+        means.recorder.advance(part.plain_nbytes)
+        means.pool.give(part.buffer)
         self._release(part.nbytes)
         return done
 
     async def _complete(self) -> str:
-        store, whole = self._means.store, self._crc32c()
+        store, recorder, key, whole = self._means.store, self._means.recorder, self._plan.key, self._crc32c()
         if self._upload is None:
-            etag = await store.put(self._plan.key, [self._open.data], crc32c=whole)
+            with recorder.step(UPLOAD, self._open.nbytes, key):
+                etag = await store.put(key, [self._open.data], crc32c=whole)
+            recorder.advance(self._open.plain_nbytes)
         else:
             parts = [part.result() for part in self._parts]
-            etag = await store.complete_upload(self._upload, parts, crc32c=whole)
+            with recorder.step(UPLOAD, 0, key):
+                etag = await store.complete_upload(self._upload, parts, crc32c=whole)
         self._means.pool.give(self._open.buffer)
         return etag
 

@@ -12,10 +12,11 @@ from awscrt.checksums import combine_crc32c, crc32c
 
 from cloudckpt.engine.framing import HEADER, LEAST_PART_SIZE, Segment, ShardPlan, part_size_for, segments
 from cloudckpt.engine.sources import BytesSource, Source
+from cloudckpt.engine.tracing import STAGE, UPLOAD
 from cloudckpt.engine.upload import Means, Written, begin_upload
 from cloudckpt.manifest import Shard, pack
 from cloudckpt.ranges import Range, split
-from cloudckpt.store.protocols import Part
+from cloudckpt.store.protocols import Part, Upload
 from cloudckpt.threads import in_thread
 
 
@@ -74,34 +75,45 @@ class PlainUpload:
         try:
             staged = await self._stage(cut)
             async with means.requests:
-                etag = await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
+                with means.recorder.step(UPLOAD, plan.size, plan.key):
+                    etag = await means.store.put(plan.key, staged.body, crc32c=staged.crc32c)
+            means.recorder.advance(plan.size)
             means.pool.give(staged.scratch)
             return etag
         finally:
             means.budget.give(granted)
 
     async def _put_parts(self, size: int) -> str:
-        means = self._means
+        means, key = self._means, self._plan.key
         async with AsyncExitStack() as clean_up:
+
+            async def begin() -> Upload:
+                with means.recorder.step(UPLOAD, 0, key):
+                    return await begin_upload(means.store, key, clean_up)
 
             async def put_part(number: int, cut: _Cut) -> Part:
                 staged = await self._stage(cut)
                 upload = await creating  # the first parts are staged meanwhile
                 async with means.requests:
-                    part = await means.store.put_part(upload, number, cut.at.start, staged.body, crc32c=staged.crc32c)
+                    with means.recorder.step(UPLOAD, len(cut.at), key):
+                        part = await means.store.put_part(
+                            upload, number, cut.at.start, staged.body, crc32c=staged.crc32c
+                        )
+                means.recorder.advance(len(cut.at))
                 means.pool.give(staged.scratch)
                 return part
 
             tasks: list[asyncio.Task[Part]] = []
             async with asyncio.TaskGroup() as group:
-                creating = group.create_task(begin_upload(means.store, self._plan.key, clean_up))
+                creating = group.create_task(begin())
                 for number, at in enumerate(split(Range(0, self._plan.size), size), start=1):
                     cut = self._cut(at)
                     granted = await means.budget.take(cut.scratch_nbytes)
                     tasks.append(group.create_task(put_part(number, cut)))
                     means.budget.give_when_done(tasks[-1], granted)
             parts = [task.result() for task in tasks]
-            return await means.store.complete_upload(creating.result(), parts, crc32c=self._checksums.whole())
+            with means.recorder.step(UPLOAD, 0, key):
+                return await means.store.complete_upload(creating.result(), parts, crc32c=self._checksums.whole())
 
     def _cut(self, at: Range) -> "_Cut":
         cut = list(segments(self._plan, at))
@@ -110,8 +122,10 @@ class PlainUpload:
         return _Cut(at, cut, of, sum(source.scratch_nbytes(s.at) for s, source in zip(cut, of, strict=True)))
 
     async def _stage(self, cut: "_Cut") -> "_Staged":
-        scratch = self._means.pool.take(cut.scratch_nbytes)
-        body, crcs = await in_thread(_stage_and_checksum, cut.segments, cut.sources, scratch)
+        scratch, timed = self._means.pool.take(cut.scratch_nbytes), self._means.recorder.timed
+        body, crcs = await in_thread(
+            timed, STAGE, len(cut.at), self._plan.key, _stage_and_checksum, cut.segments, cut.sources, scratch
+        )
         whole = 0
         for segment, crc in zip(cut.segments, crcs, strict=True):
             whole = combine_crc32c(whole, crc, len(segment.at))

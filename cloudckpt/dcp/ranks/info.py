@@ -32,10 +32,10 @@ class RankInfo:
         Raises:
             UsageError: the launcher's local rank is no number.
         """
-        is_one_of_many = dist.is_available() and dist.is_initialized()
+        rank, world_size = rank_and_world_size()
         return cls(
-            rank=dist.get_rank() if is_one_of_many else 0,
-            world_size=dist.get_world_size() if is_one_of_many else 1,
+            rank=rank,
+            world_size=world_size,
             local_rank=_local_rank(),
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -43,6 +43,13 @@ class RankInfo:
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """What torch knows of this process; without torch.distributed it is rank 0 of 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _local_rank() -> int | None:
