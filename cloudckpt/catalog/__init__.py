@@ -21,6 +21,7 @@ from cloudckpt.catalog.policies import (
 )
 from cloudckpt.catalog.prune import GRACE_S, Pruned, PrunedStep, prune
 from cloudckpt.catalog.rebuild import Rebuilt, RebuiltShard, rebuild
+from cloudckpt.catalog.removal import remove
 from cloudckpt.catalog.rotation import rewrap
 from cloudckpt.catalog.statistics import statistics
 from cloudckpt.catalog.steps import committed_steps, listed_steps, newest_step, step_url
@@ -72,6 +73,7 @@ __all__ = [
     "pins",
     "prune",
     "rebuild",
+    "remove",
     "rewrap",
     "statistics",
     "step_url",

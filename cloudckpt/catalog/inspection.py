@@ -114,7 +114,7 @@ def inspect(
         report: is told how far reading a tensor is.
 
     Raises:
-        As `cloudckpt.open` and `statistics`.
+        CheckpointError: as from `cloudckpt.open` and `statistics`.
     """
     with open_checkpoint(url, options=options, store=store) as checkpoint:
         summary = checkpoint.summary

@@ -5,7 +5,7 @@ Law: parses and shows; the catalog decides.
 
 import sys
 from collections.abc import Sequence
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -84,9 +84,13 @@ def _row(listed: "Listed") -> list[str]:
     return [
         listed.name or ".",
         "" if listed.step is None else str(listed.step),
-        "" if listed.created is None else f"{listed.created.astimezone(UTC):{_TIME if sys.stdout.isatty() else _TIME_TO_READ}}",
+        "" if listed.created is None else _time(listed.created),
         *("" if nbytes is None else show_size(nbytes) for nbytes in (listed.nbytes, listed.stored_nbytes)),
         "" if listed.shard_count is None else str(listed.shard_count),
         state,
         " ".join(f"{name}={value:g}" for name, value in listed.metrics.items()),
     ]
+
+
+def _time(at: datetime) -> str:
+    return at.astimezone(UTC).strftime(_TIME if sys.stdout.isatty() else _TIME_TO_READ)

@@ -7,9 +7,11 @@ import json
 
 import click
 
+from cloudckpt.cli.place import Url
+
 
 @click.command()
-@click.argument("root")
+@click.argument("root", type=Url())
 @click.argument("steps", type=click.IntRange(min=0), nargs=-1, metavar="[STEP]...")
 @click.option("--json", "is_json", is_flag=True, help="Print the pinned steps as JSON.")
 def command(*, root: str, steps: tuple[int, ...], is_json: bool) -> None:

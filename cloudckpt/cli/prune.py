@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cloudckpt.cli.output import show_json, show_size, tell_dry
+from cloudckpt.cli.place import Url
 from cloudckpt.cli.span import Span
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _METRIC = (str, click.IntRange(min=1))
 
 
 @click.command()
-@click.argument("root")
+@click.argument("root", type=Url())
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the newest N steps.")
 @click.option("--keep-every", type=click.IntRange(min=1), metavar="N", help="Keep steps that are multiples of N.")
 @click.option("--keep-each", type=Span(), help="Keep the first step of each so long, such as 1h.")

@@ -6,10 +6,11 @@ Law: parses and shows; the catalog decides. Nothing is written without ``--yes``
 import click
 
 from cloudckpt.cli.output import show_json, show_size, tell_dry
+from cloudckpt.cli.place import Url
 
 
 @click.command()
-@click.argument("url")
+@click.argument("url", type=Url())
 @click.option("--shard", "shards", multiple=True, metavar="KEY", help="Take this shard, and no others; repeatable.")
 @click.option("--yes", is_flag=True, help="Read all shards and commit; without it only the plan is shown.")
 @click.option("--json", "is_json", is_flag=True, help="Print what was rebuilt as JSON.")

@@ -6,11 +6,12 @@ Law: parses and shows; the catalog decides. Nothing is removed without ``--yes``
 import click
 
 from cloudckpt.cli.output import show_json, show_size, tell_dry
+from cloudckpt.cli.place import Url
 from cloudckpt.cli.span import Span
 
 
 @click.command()
-@click.argument("root")
+@click.argument("root", type=Url())
 @click.option("--grace", default="24h", show_default=True, type=Span(), help="What is younger stays.")
 @click.option("--include-whole", is_flag=True, help="Remove also what `cloudckpt rebuild` might rescue.")
 @click.option("--name", "names", multiple=True, help="Of a place below ROOT to sweep, and no others; repeatable.")

@@ -6,10 +6,11 @@ Law: parses and shows; the catalog decides.
 import click
 
 from cloudckpt.cli.pin import show_pins
+from cloudckpt.cli.place import Url
 
 
 @click.command()
-@click.argument("root")
+@click.argument("root", type=Url())
 @click.argument("steps", type=click.IntRange(min=0), nargs=-1, required=True, metavar="STEP...")
 @click.option("--json", "is_json", is_flag=True, help="Print the steps that are still pinned as JSON.")
 def command(*, root: str, steps: tuple[int, ...], is_json: bool) -> None:

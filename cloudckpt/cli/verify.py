@@ -6,10 +6,11 @@ Law: parses and shows; the catalog decides.
 import click
 
 from cloudckpt.cli.output import show_json, show_size
+from cloudckpt.cli.place import Url
 
 
 @click.command()
-@click.argument("url")
+@click.argument("url", type=Url())
 @click.option("--deep", is_flag=True, help="Read every byte and hold it against its checksums.")
 @click.option("--json", "is_json", is_flag=True, help="Print the findings as JSON.")
 @click.pass_context
