@@ -201,6 +201,41 @@ def test_what_is_there_is_neither_mixed_with_nor_replaced_unasked(saved, tmp_pat
     assert names_below(f"file://{tmp_path}/hf") == ["model.safetensors"]
 
 
+def test_a_file_that_was_to_be_replaced_is_as_it_was_if_that_fails(saved, tmp_path):
+    target = f"file://{tmp_path}/m.safetensors"
+    export(saved, target, to="safetensors", patterns="columns")
+    before = (tmp_path / "m.safetensors").read_bytes()
+
+    def fail(_):
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        export(saved, target, to="safetensors", patterns="rows", overwrite=True, advance=fail)
+    assert (tmp_path / "m.safetensors").read_bytes() == before
+
+
+def test_a_server_that_does_not_copy_is_sent_the_bytes(saved, one_server, tmp_path):
+    options = StoreOptions(s3=S3Options(**s3_of(one_server)))
+    root = f"s3://checkpoints/{token_hex(6)}"
+    copy(saved, f"{root}/source", to_store=options)
+    done = []
+    with fault_proxy(one_server.endpoint_url) as proxy:
+        proxy.each(lambda r: faults.answer(501, "NotImplemented") if "x-amz-copy-source" in r.headers else None)
+        found = export(
+            f"{root}/source",
+            f"{root}/m.safetensors",
+            to="safetensors",
+            patterns="rows",
+            store=store_options_to(options, proxy.url),
+            advance=done.append,
+        )
+    assert (found.copied_nbytes, found.sent_nbytes) == (0, sum(found.files.values()))
+    assert sum(done) == found.sent_nbytes
+    client = client_of(one_server)
+    assert not client.list_multipart_uploads(Bucket="checkpoints", Prefix=root.rpartition("/")[2]).get("Uploads")
+    equal(as_loaded(client, f"{root}/m.safetensors", tmp_path), {"rows": WHOLE["rows"]})
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(saved, tmp_path):
     target = f"file://{tmp_path}/out"
     with pytest.raises(UnstorableError, match=r"'step': safetensors holds tensors only; leave .* --tensors-only"):

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from awscrt.checksums import combine_crc32c, crc32c
@@ -26,7 +26,7 @@ _CONCURRENCY = 16
 _NOT_COPIED = (NotImplementedByStoreError, PermissionDeniedError)
 
 Advance = Callable[[int], None]
-"""Is told of bytes that are where they belong, as they come to be."""
+"""Is told of bytes that are where they belong, as they come to be; of fewer than none where they are sent again."""
 
 
 class Reads(Protocol):
@@ -130,6 +130,7 @@ class Assembler:
                 await before_end()
             await self._put(key, segments, expected)
             return
+        before = replace(self.moved)
         try:
             await self._upload(key, parts, expected, before_end)
         except BaseExceptionGroup as group:
@@ -138,6 +139,9 @@ class Assembler:
                 raise
             log.info("the server does not copy parts (%s); their bytes are read and sent", refused)
             self._copies = False
+            done = self.moved.sent_nbytes - before.sent_nbytes + self.moved.copied_nbytes - before.copied_nbytes
+            self.moved = before
+            self._advance(-done)
             await self._upload(key, plan_parts(segments, nbytes, copies=False), expected, before_end)
 
     async def _upload(

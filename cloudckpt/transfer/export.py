@@ -137,7 +137,7 @@ class ExportPlan:
         self, source: Store, target: Store, *, overwrite: bool, server_side: bool, advance: Advance
     ) -> Export:
         names = [plan.name for plan in self._plans]
-        await _make_room(target, names, is_directory=self._is_directory, overwrite=overwrite)
+        replaced = await _refuse_mixture(target, names, is_directory=self._is_directory, overwrite=overwrite)
         witnesses = await etags(source, self._witnesses())
         entries, stats = self._exported.entries, Stats()
         found = await located(self._contents, source, asks_of(entries), self._options, stats)
@@ -149,11 +149,18 @@ class ExportPlan:
                 msg = f"{source.url} was changed while it was read; nothing was exported. Export it again"
                 raise CheckpointChangedError(msg)
 
-        async with removing_on_failure(target, names):
+        ours: list[str] = []
+        async with removing_on_failure(target, ours):
+            if replaced and len(names) > 1:
+                await target.delete([names[-1]])  # while the others are of two exports, nothing may join them
             for plan in self._plans:
                 segments = await in_thread(_segments, plan, entries, found)
                 is_last = plan is self._plans[-1]
+                if plan.name not in replaced:
+                    ours.append(plan.name)
                 await assembler.make(plan.name, segments, before_end=refuse_changed if is_last else None)
+                if plan.name in replaced:
+                    ours.append(plan.name)
         return Export(
             url=self.url,
             format=self.format,
@@ -190,7 +197,8 @@ def export(
 
     Runs of 5 MiB and more that lie in one piece are copied by the server, where both URLs are of one that knows
     UploadPartCopy; all else is fetched, verified and sent, with at most about 150 MiB of memory. If it fails, what it
-    had written is removed.
+    had written is removed, and a file that it was to replace is as it was; of several that it was replacing, the
+    index is gone.
 
     Args:
         url: of the checkpoint.
@@ -282,8 +290,10 @@ def _segments(plan: FilePlan, entries: Mapping[str, OpenEntry], found: Located) 
     return [segment for piece in plan.pieces for segment in segments_of(piece, entries, found)]
 
 
-async def _make_room(target: Store, names: Sequence[str], *, is_directory: bool, overwrite: bool) -> None:
-    """Refuses, before anything is written, what is there already; or takes its index away first."""
+async def _refuse_mixture(
+    target: Store, names: Sequence[str], *, is_directory: bool, overwrite: bool
+) -> frozenset[str]:
+    """Refuses, before anything is written, what is there already; returns those of ``names`` that are replaced."""
     markers = [n for n in (MANIFEST, stock_dcp.METADATA, INDEX, SINGLE) if n not in names] if is_directory else []
     there = await etags(target, [*names, *markers])
     strange = [name for name in markers if there[name]]
@@ -294,5 +304,4 @@ async def _make_room(target: Store, names: Sequence[str], *, is_directory: bool,
     if known and not overwrite:
         msg = f"{target.url}/{known[0]} is there already; give another URL, or overwrite it"
         raise CheckpointExistsError(msg)
-    if known and len(names) > 1:
-        await target.delete([names[-1]])
+    return frozenset(known)
