@@ -2,6 +2,7 @@
 PYTHON ?= python3
 SERVERS ?= moto seaweedfs
 CLOUDS ?= gcs $(if $(shell command -v npm),azurite)
+BROWSER ?= $(if $(or $(CHROMIUM),$(shell command -v chromium || command -v chromium-browser)),chromium,none)
 SIZE ?= 1GiB
 ROUNDS ?= 5
 SERVER ?= seaweedfs
@@ -25,7 +26,8 @@ demo: $(READY) ## fine-tune a real model, kill it in mid-save, resume from S3
 	$(BIN)/cloudckpt demo
 
 test: $(READY) servers ## the tests, on the servers named in SERVERS: moto seaweedfs localstack rgw, and CLOUDS: gcs azurite
-	SERVERS="$(SERVERS)" CLOUDS="$(CLOUDS)" $(BIN)/python -m pytest
+	@[ "$(BROWSER)" != none ] || echo "!!! no chromium here: THE TESTS OF PAGES ARE LEFT OUT" >&2
+	SERVERS="$(SERVERS)" CLOUDS="$(CLOUDS)" BROWSER="$(BROWSER)" $(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
