@@ -79,7 +79,11 @@ def _are_of_environment(found: Any) -> bool:
 
 
 async def _as_found(found: Any) -> Credentials:
-    if _are_of_environment(found):  # whether they have expired, the server tells
+    if _are_of_environment(found):  # if they expire in use, the server tells
+        expires_at: datetime = found._expiry_time.astimezone(UTC)
+        if expires_at <= datetime.now(UTC):
+            msg = f"the credentials in the environment expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC; renew them"
+            raise CredentialsError(msg)
         return _of(ReadOnlyCredentials(found._access_key, found._secret_key, found._token, None))
     return _of(await found.get_frozen_credentials())
 

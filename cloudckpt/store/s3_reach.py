@@ -10,7 +10,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from cloudckpt.errors import CheckpointError, CredentialsError
+from cloudckpt.errors import CheckpointError
 from cloudckpt.store.s3_clients import s3_client
 from cloudckpt.store.s3_errors import translated
 from cloudckpt.store.s3_options import S3Options
@@ -71,7 +71,6 @@ async def _ask(client: Any, bucket: str, prefix: str, where: str) -> Reach:
     before = datetime.now(UTC)
     try:
         with translated(where):
-            _refuse_expired(credentials, where)
             await _list(client, bucket, prefix, headers)
     except CheckpointError as e:
         refusal = e
@@ -95,14 +94,6 @@ async def _list(client: Any, bucket: str, prefix: str, headers: dict[str, str]) 
         raise
     headers.update(reply["ResponseMetadata"]["HTTPHeaders"])
     _ = reply["Name"]  # every listing has one; see S3Store
-
-
-def _refuse_expired(credentials: Any, where: str) -> None:
-    """Of those in the environment, which nothing renews; botocore's own error for it is a bare RuntimeError."""
-    expires_at = _expiry_of(credentials)
-    if expires_at is not None and expires_at <= datetime.now(UTC) and credentials.method == "env":
-        msg = f"{where}: the credentials in the environment expired at {expires_at:%Y-%m-%d %H:%M:%S} UTC; renew them"
-        raise CredentialsError(msg)
 
 
 def _source_of(credentials: Any) -> str | None:
