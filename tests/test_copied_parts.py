@@ -56,7 +56,7 @@ class Copying:
             with pytest.raises(ObjectNotFoundError):
                 await target.head("k")
 
-    async def test_a_server_that_tells_what_it_copied_is_believed_over_what_was_expected(self, both):
+    async def test_bytes_that_are_not_what_was_expected_are_refused_at_once_by_a_server_that_tells(self, both):
         async with both() as (source, target):
             await source.put("o@0,1 %", [memoryview(DATA)])
             try:

@@ -17,7 +17,7 @@ from conftest import BUCKET, s3_of
 from fault_matrix import WORKS, Matrix, quiet, sample, wrong_with
 from fault_ranks import found_at, is_equal, load
 
-CASES = os.environ.get("FAULT_CASES", "160")
+CASES = os.environ.get("FAULT_CASES", "120")
 KILLS = os.environ.get("FAULT_KILLS", "1")
 SEED = int(os.environ.get("FAULT_SEED", "1"))
 PARTS = WORKS[0]

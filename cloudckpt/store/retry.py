@@ -162,7 +162,8 @@ class RetryingStore:
         """See `CopiesParts.put_part_copy`."""
         copying = cast("CopiesParts", self._store)
         return await self._retry(
-            lambda: copying.put_part_copy(upload, number, _asked(source), key, at, crc32c=crc32c)
+            lambda: copying.put_part_copy(upload, number, _asked(source), key, at, crc32c=crc32c),
+            (StoreUnavailableError, *_NOT_CARRIED_OUT),  # what lies there is the same the next time
         )
 
     async def complete_upload(self, upload: Upload, parts: Sequence[Part], *, crc32c: int | None) -> str:
