@@ -196,7 +196,7 @@ def export(
     """Writes a checkpoint, of any format that `cloudckpt.open` opens, in another format.
 
     Runs of 5 MiB and more that lie in one piece are copied by the server, where both URLs are of one that knows
-    UploadPartCopy; all else is fetched, verified and sent, with at most about 150 MiB of memory. If it fails, what it
+    UploadPartCopy; all else is fetched, verified and sent, with at most about 220 MiB of memory. If it fails, what it
     had written is removed, and a file that it was to replace is as it was; of several that it was replacing, the
     index is gone.
 

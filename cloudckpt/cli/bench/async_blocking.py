@@ -16,7 +16,8 @@ import click
 
 from cloudckpt.cli.bench import workloads
 from cloudckpt.cli.bench.async_contenders import AsyncContender, Saves
-from cloudckpt.cli.bench.async_figures import BLOCKING, Blocking
+from cloudckpt.cli.bench.async_figures import Blocking
+from cloudckpt.cli.bench.async_parts import BLOCKING
 from cloudckpt.cli.bench.workloads import Workload
 
 CASES = ("bf16-128", "gpt-adamw", "small")

@@ -10,14 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from secrets import token_hex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cloudckpt.cli.bench import _refuse_missing
-from cloudckpt.cli.bench.async_figures import BLOCKING, RANKS, TRAINING, Figure, Row, Spread, claims, rows
+from cloudckpt.cli.bench.async_parts import BLOCKING, RANKS, TRAINING
 from cloudckpt.cli.bench.machine import Machine, describe
 from cloudckpt.cli.sizes import SIZE
+
+if TYPE_CHECKING:
+    from cloudckpt.cli.bench.async_figures import Figure, Row, Spread
 
 PARTS = (BLOCKING, TRAINING, RANKS)
 TITLES = {
@@ -60,6 +63,8 @@ def command(url: str | None, parts: str, contenders: str | None, json_file: Any,
     from one round. What is written is removed again.
     """
     _refuse_missing("torch", "s3fs", "rich")
+    from cloudckpt.cli.bench.async_figures import rows
+
     figures = list(_measured(url, parts, contenders, **options))
     found = rows(figures)
     machine = describe(_DISTRIBUTIONS)
@@ -79,7 +84,7 @@ def _measured(
     size: int,
     training_size: int,
     create_bucket: bool,
-) -> Iterator[Figure]:
+) -> "Iterator[Figure]":
     from cloudckpt.cli.bench import async_blocking, async_ranks, async_training
     from cloudckpt.cli.bench.async_contenders import CONTENDERS
     from cloudckpt.cli.bench.async_process import in_own_process
@@ -132,7 +137,9 @@ def _leading_to(environ: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _as_json(machine: Machine, figures: Sequence[Figure], found: Sequence[Row]) -> dict[str, Any]:
+def _as_json(machine: Machine, figures: "Sequence[Figure]", found: "Sequence[Row]") -> dict[str, Any]:
+    from cloudckpt.cli.bench.async_figures import claims
+
     return {
         "machine": asdict(machine),
         "figures": [{"kind": type(figure).__name__.lower(), **asdict(figure)} for figure in figures],
@@ -141,9 +148,10 @@ def _as_json(machine: Machine, figures: Sequence[Figure], found: Sequence[Row]) 
     }
 
 
-def _show(machine: Machine, found: Sequence[Row]) -> None:
+def _show(machine: Machine, found: "Sequence[Row]") -> None:
     from rich.console import Console
 
+    from cloudckpt.cli.bench.async_figures import claims
     from cloudckpt.cli.bench.report import _claims_table
 
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -156,7 +164,7 @@ def _show(machine: Machine, found: Sequence[Row]) -> None:
     console.print(_claims_table(claims(found)))
 
 
-def _table(part: str, found: Sequence[Row]) -> Any:
+def _table(part: str, found: "Sequence[Row]") -> Any:
     from rich.table import Table
 
     rounds = ", ".join(dict.fromkeys(str(row.rounds) for row in found))
@@ -171,5 +179,5 @@ def _table(part: str, found: Sequence[Row]) -> Any:
     return table
 
 
-def _spelled(spread: Spread) -> str:
+def _spelled(spread: "Spread") -> str:
     return f"{spread.median:.3f} ({spread.least:.3f} to {spread.greatest:.3f})"

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
+from cloudckpt.cli.bench.async_parts import BLOCKING, RANKS, TRAINING
 from cloudckpt.cli.bench.claims import Claim, at_least, at_most
 
-BLOCKING = "async-blocking"
-TRAINING = "async-training"
-RANKS = "async-ranks"
 FED = "bytes from elsewhere"
 """A process sends as many bytes as the state dict has: what the server and the kernel take of training anyway."""
 MOST_OF_COPY = 1.2

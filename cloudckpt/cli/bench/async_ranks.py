@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from cloudckpt.cli.bench.async_figures import RANKS, Coordination
+from cloudckpt.cli.bench.async_figures import Coordination
+from cloudckpt.cli.bench.async_parts import RANKS
 
 COUNT = 2
 CASES = {"128 tensors": (128, (512, 512)), "10,000 tensors": (10_000, (2, 512))}

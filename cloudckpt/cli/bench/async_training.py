@@ -16,7 +16,8 @@ import click
 from cloudckpt.cli.bench.async_blocking import start_group
 from cloudckpt.cli.bench.async_contenders import AsyncContender, Saves
 from cloudckpt.cli.bench.async_feeder import Feeder
-from cloudckpt.cli.bench.async_figures import FED, TRAINING, Training
+from cloudckpt.cli.bench.async_figures import FED, Training
+from cloudckpt.cli.bench.async_parts import TRAINING
 from cloudckpt.cli.bench.null_process import Address, Kind
 from cloudckpt.cli.bench.null_server import Shape
 
