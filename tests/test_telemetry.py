@@ -20,6 +20,8 @@ from cloudckpt.dcp import Checkpointer, ObjectStoreReader, ObjectStoreWriter, Wr
 from cloudckpt.engine.telemetry import tell
 from cloudckpt.engine.tracing import Outcome, Recorder
 from cloudckpt.errors import SaveFailedError
+from cloudckpt.testing import fault_proxy, faults
+from conftest import BUCKET, s3_of
 
 SECRET = "a-token-that-nobody-may-see"
 
@@ -159,6 +161,22 @@ def test_a_failure_is_told_by_its_class_alone_and_once(collected, exporter, root
     assert all(SECRET not in json.dumps(json.loads(span.to_json())) for span in exporter.get_finished_spans())
     key = ("cloudckpt.failures", "SaveFailedError", "save")
     assert counted(collected)[key] - before.get(key, 0) == 1
+
+
+def test_requests_that_are_made_again_are_counted(collected, exporter, one_server):
+    before = counted(collected)
+    url = f"s3://{BUCKET}/{token_hex(6)}"
+    with fault_proxy(one_server.endpoint_url) as proxy:
+        options = s3_of(one_server) | {"endpoint_url": proxy.url, "retry_base_s": 0}
+        writer, reader = ObjectStoreWriter(url, **options), ObjectStoreReader(url, **options)
+        proxy.when(lambda r: r.method == "PUT" and "shards" in r.key, faults.slow_down(), times=2)
+        dcp.save(state(), storage_writer=writer)
+        proxy.when(lambda r: r.operation == "GetObject" and "shards" in r.key, faults.slow_down(), times=3)
+        dcp.load(state(0.0), storage_reader=reader)
+    after = counted(collected)
+    assert (writer.stats.retries, reader.stats.retries) == (2, 3)
+    assert after["cloudckpt.retries", "save"] - before.get(("cloudckpt.retries", "save"), 0) == 2
+    assert after["cloudckpt.retries", "load"] - before.get(("cloudckpt.retries", "load"), 0) == 3
 
 
 def test_without_opentelemetry_all_goes_as_it_does(exporter, root, monkeypatch):

@@ -67,7 +67,11 @@ class RetryOptions:
 
 
 class RetryingStore:
-    """Implements `Store` over another. A listing is asked again from its beginning, and yields nothing twice."""
+    """Implements `Store` over another. A listing is asked again from its beginning, and yields nothing twice.
+
+    Attributes:
+        retries: how often something was asked again so far.
+    """
 
     def __init__(self, store: Store, options: RetryOptions, traffic: Traffic, others: Sequence[Moves] = ()) -> None:
         """Wraps a store.
@@ -83,6 +87,7 @@ class RetryingStore:
         self._options = options
         self._traffic = traffic
         self._keys_of_several: set[str] = set()  # whose uploads may have been begun more than once
+        self.retries = 0
         self.url = store.url
         self.identity = store.identity
 
@@ -233,6 +238,7 @@ class RetryingStore:
             except _RETRIED as e:
                 if not await patience.waits_after(e):
                     raise
+                self.retries += 1
 
     async def _retry(
         self, attempt: Callable[[], Awaitable[T]], retried: tuple[type[StoreError], ...] = _RETRIED
@@ -244,6 +250,7 @@ class RetryingStore:
             except retried as e:
                 if not await patience.waits_after(e):
                     raise
+                self.retries += 1
 
 
 class _Patience:
