@@ -15,6 +15,7 @@ import pytest
 
 from cloudckpt.cli.failure import status_of
 from cloudckpt.cli.main import _COMMANDS, main
+from cloudckpt.cli.tables import Column, show_table
 from cloudckpt.errors import CredentialsError, StoreError, UsageError
 from cloudckpt.testing import fault_proxy, faults
 
@@ -150,6 +151,38 @@ def test_a_refusal_is_told_once_and_without_what_libraries_log(refusing):
 
 # Where it is printed.
 
+CONTROLLED = "a\tb\n\x1b]0;title\x07\u202ec"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["pipe", "terminal"])
+def test_what_a_terminal_would_obey_is_spelled_out(is_terminal, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Terminal(is_terminal=is_terminal))
+        show_table([Column("key"), Column(CONTROLLED)], [["x", CONTROLLED]])
+        shown = ESCAPE.sub("", sys.stdout.shown())
+    spelled = r"a\tb\n\x1b]0;title\x07\u202ec"
+    assert shown.count(spelled) == (2 if is_terminal else 1)
+    assert "\x07" not in shown
+
+
+def test_an_error_is_one_line_whatever_it_is_of(capsys):
+    status_of(StoreError(f"{CONTROLLED}: refused"), "verify")
+    assert capsys.readouterr().err == "cloudckpt: a\\tb\\n\\x1b]0;title\\x07\\u202ec: refused\n"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["pipe", "terminal"])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_lacks_is_spelled_out(encoding, is_terminal, tmp_path, monkeypatch):
+    (tmp_path / "運").mkdir()
+    shutil.copytree(GOLDEN / "v1", tmp_path / "運" / "ж")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", Terminal(encoding, is_terminal=is_terminal))
+        assert status("ls", f"file://{tmp_path}/運") == 0
+        sys.stdout.flush()
+        shown = sys.stdout.buffer.getvalue()
+    assert b"\\u0436" in shown or "ж".encode() in shown
+
+
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 COLOUR = re.compile(r"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
 TABLES = sorted({"diff", "doctor", "inspect", "ls"} & set(COMMANDS))
@@ -158,11 +191,12 @@ TABLES = sorted({"diff", "doctor", "inspect", "ls"} & set(COMMANDS))
 class Terminal(io.TextIOWrapper):
     """Text that says of itself that it is a terminal."""
 
-    def __init__(self):
-        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+    def __init__(self, encoding="utf-8", *, is_terminal=True):
+        super().__init__(io.BytesIO(), encoding=encoding, write_through=True)
+        self._is_terminal = is_terminal
 
     def isatty(self):
-        return True
+        return self._is_terminal
 
     def shown(self):
         return self.buffer.getvalue().decode()

@@ -55,6 +55,7 @@ from cloudckpt.errors import (
     BucketNotFoundError,
     ChecksumRefusedError,
     CredentialsError,
+    MissingLibraryError,
     PermissionDeniedError,
     PreconditionFailedError,
     StoreError,
@@ -428,6 +429,9 @@ async def test_what_a_cloud_answers_is_told_by_class(gcs):
         gcs.answers = [200]
         with pytest.raises(StoreError, match="makes no sense"):
             await keys(store)
+        gcs.answers = [404]
+        with pytest.raises(BucketNotFoundError, match="create it"):
+            await keys(store)
 
 
 async def test_what_gcs_says_that_it_found_is_held_against_what_was_sent(gcs):
@@ -460,6 +464,26 @@ async def test_azures_listings_go_on_after_a_full_page(azurite):
         pages = [page async for page in store._pages("", {"maxresults": "2"})]
         named = [[blob.findtext("Name")[-1] for blob in page.iter("Blob")] for page in pages]
         assert named == [["0", "1"], ["2", "3"], ["4"]]
+
+
+ODD = "a b%20+ü&=?#~'(1)"
+
+
+@pytest.mark.parametrize("cloud", ["gcs", "azurite"])
+async def test_keys_are_spelled_as_they_are(cloud, request):
+    on = {"gcs": on_gcs, "azurite": on_azure}[cloud]
+    async with on(request.getfixturevalue(cloud)) as store:
+        key = f"{ODD}/{ODD}"
+        await store.put(key, [memoryview(b"x")])
+        assert (await store.get(key)).data == b"x"
+        assert [found.key async for found in store.list_objects(ODD)] == [key]
+        assert [name async for name in store.list_names(ODD[:4])] == [ODD[4:]]
+        upload = await store.create_upload(f"{key}-large")
+        part = await store.put_part(upload, 1, 0, [memoryview(b"y")], crc32c=crc32c(b"y"))
+        assert [found.key async for found in store.list_uploads(ODD)] == [upload.key]
+        await store.complete_upload(upload, [part], crc32c=crc32c(b"y"))
+        await store.delete([key, upload.key])
+        assert [found async for found in store.list_objects()] == []
 
 
 def test_reads_of_one_checkpoint_share_a_connection(gcs):
@@ -557,6 +581,42 @@ def test_how_azure_is_asked_comes_from_its_variables_too(nothing_of_clouds, monk
     assert (account.name, account.endpoint_url, account.key) == ("dev", "http://127.0.0.1:1/dev", None)
     account = account_of(AzureOptions(azure_account="other", azure_key="a2V5"), is_anonymous=False)
     assert account.endpoint_url == "https://other.blob.core.windows.net"
+
+
+def test_azures_variables_are_of_one_account(nothing_of_clouds, monkeypatch):
+    signed = "BlobEndpoint=https://acc.blob.core.windows.net/;SharedAccessSignature=sv=1&sig=x"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", signed)  # as the portal gives it
+    account = account_of(AzureOptions(), is_anonymous=False)
+    assert (account.name, account.endpoint_url) == ("acc", "https://acc.blob.core.windows.net/")
+    assert account.sas_token == "sv=1&sig=x"
+    account = account_of(AzureOptions(azure_account="other"), is_anonymous=True)
+    assert account.endpoint_url == "https://other.blob.core.windows.net"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "BlobEndpoint=https://files.example.com;AccountKey=a2V5")
+    account = account_of(AzureOptions(azure_account="other"), is_anonymous=True)
+    assert account.endpoint_url == "https://other.blob.core.windows.net"
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountName=acc;AccountKey=a2V5")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT", "mine")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sig=mine")
+    account = account_of(AzureOptions(), is_anonymous=False)
+    assert (account.name, account.key, account.sas_token) == ("mine", None, "sig=mine")
+    monkeypatch.setitem(sys.modules, "azure.identity", None)
+    with pytest.raises(MissingLibraryError):  # an identity is asked for, and nothing is shown to others
+        account_of(AzureOptions(azure_account="theirs"), is_anonymous=False)
+
+
+ADDRESSES = {
+    "gs://bucket/run": ("STORAGE_EMULATOR_HOST", "http://user:top-secret@127.0.0.1:9"),
+    "az://bucket/run": ("AZURE_STORAGE_CONNECTION_STRING", "BlobEndpoint=http://[top-secret;AccountKey=a2V5"),
+}
+
+
+@pytest.mark.parametrize("url", ADDRESSES)
+def test_a_variable_that_holds_no_address_is_named_and_not_shown(nothing_of_clouds, url, monkeypatch):
+    variable, value = ADDRESSES[url]
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UsageError, match=variable) as e:
+        cloudckpt.open(url)
+    assert "top-secret" not in str(e.value)
 
 
 def test_a_signature_stands_in_no_message(unused_tcp_port):

@@ -54,6 +54,13 @@ def test_bash_completes_urls_of_directories(tmp_path):
     assert found == [f"//{tmp_path}/step-7/", f"//{tmp_path}/step-8/"]
 
 
+def test_a_directorys_name_is_spelled_as_its_url_is(tmp_path):
+    (tmp_path / "50% of a?" / "step-1").mkdir(parents=True)
+    (found,) = completed(f"cloudckpt doctor file://{tmp_path}/50")
+    assert found == f"//{tmp_path}/50%25%20of%20a%3F/"
+    assert completed(f"cloudckpt doctor file:{found}st") == [f"{found}step-1/"]
+
+
 def test_bash_completes_urls_by_what_lies_in_a_bucket(server, client, root):
     prefix = root.removeprefix(f"s3://{BUCKET}/")
     for name in ("step-7/manifest.json", "step-80/manifest.json", "step-file", "other/manifest.json"):

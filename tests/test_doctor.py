@@ -17,11 +17,12 @@ from cloudckpt.catalog.doctor import doctor
 from cloudckpt.catalog.probing import CHECKS, probe
 from cloudckpt.catalog.rights import RIGHTS
 from cloudckpt.errors import PermissionDeniedError, UnsupportedUrlError
+from cloudckpt.store.cloud_options import AzureOptions
 from cloudckpt.store.memory import Bucket, MemoryStore
 from cloudckpt.store.retry import RetryOptions
 from cloudckpt.store.s3_options import Credentials, S3Options
 from cloudckpt.store.url import StoreOptions
-from cloudckpt.testing import WrappedStore, fault_proxy, faults
+from cloudckpt.testing import RecordingStore, WrappedStore, fault_proxy, faults
 from conftest import BUCKET
 from policies import documented
 from rude_server import RudeServer, head, refuse
@@ -77,6 +78,12 @@ def test_who_may_not_write_is_told_what_reading_shows(client, root, store_option
     assert left(client, root) == [key]
 
 
+def test_what_is_put_makes_no_directory_beside_the_steps():
+    store = RecordingStore(place()[1])
+    asyncio.run(probe(store, store, "probe"))
+    assert not [key for _, key in store.requests if "/" in key]
+
+
 def test_files_are_looked_at_and_no_folder_stays(tmp_path):
     seen = doctor(f"file://{tmp_path}/run/deep")
     found = verdicts(seen.findings)
@@ -94,6 +101,26 @@ def test_a_folder_that_is_a_file_is_a_problem(tmp_path):
 def test_a_url_that_no_store_serves_is_misuse():
     with pytest.raises(UnsupportedUrlError):
         doctor("nope://bucket/run")
+
+
+UNREACHABLE = {
+    "no account": ("az://container/run", {}, "credentials", "AZURE_STORAGE_ACCOUNT"),
+    "nobody listens": ("az://container/run", {"azure_sas_token": "sig=x"}, "endpoint", "no answer"),
+    "no arguments": ("reference://run", {}, "URL", "filesystem="),
+}
+
+
+@pytest.mark.parametrize("case", UNREACHABLE)
+def test_another_store_that_cannot_be_reached_is_a_problem_and_is_told_once(case, monkeypatch):
+    url, given, name, said = UNREACHABLE[case]
+    for variable in [variable for variable in os.environ if variable.startswith("AZURE_")]:
+        monkeypatch.delenv(variable)
+    account = {"azure_account": "a", "azure_endpoint_url": "http://127.0.0.1:9"} if given else {}
+    retry = RetryOptions(retry_deadline_s=0)
+    seen = doctor(url, store=StoreOptions(azure=AzureOptions(**given, **account), retry=retry))
+    (told,) = worse(seen.findings).values()
+    assert (told.name, told.verdict) == (name, "problem")
+    assert said in told.what
 
 
 def test_a_bucket_that_is_not_there_is_told_and_nothing_behind_it_is_looked_at(server, store_options):
@@ -296,7 +323,7 @@ async def test_what_a_store_lacks_is_told_and_nothing_stays_there(name):
     kind, check, verdict, said = LACKING[name]
     bucket, there = place()
     store = kind(there)
-    told = worse(await probe(store, store))
+    told = worse(await probe(store, store, "probe"))
     assert (set(told), told[check].verdict) == ({check}, verdict)
     assert said in told[check].what + told[check].advice
     assert (bucket.objects, bucket.uploads) == ({}, {})
@@ -329,7 +356,7 @@ async def test_a_right_that_is_missing_is_told_with_the_commands_that_need_it(ri
     method, verdict = FORBIDDEN[right]
     bucket, there = place()
     store = Forbids(there, method)
-    found = await probe(store, store)
+    found = await probe(store, store, "probe")
     told = worse(found)[right]
     (needed_by,) = [", ".join(one.needed_by) for one in RIGHTS if one.name == right]
     assert told.verdict == verdict

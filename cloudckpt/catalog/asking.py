@@ -38,13 +38,17 @@ class Server:
         return self.honours_replacements if isinstance(condition, IfMatch) else self.honours_puts
 
 
-async def ask_server(store: Store) -> Server:
+async def ask_server(store: Store, key: str | None = None) -> Server:
     """Puts an object, and tries to replace and to delete it under conditions that do not hold.
+
+    Args:
+        store: the server's.
+        key: of the object; None takes that of a shard, which `sweep` removes should an interruption leave it.
 
     Raises:
         StoreError: the store refused, or did not answer: what was to be learnt is not known.
     """
-    key = shard_key(token_hex(16), FRAMES)
+    key = key or shard_key(token_hex(16), FRAMES)
     try:
         await store.put(key, [memoryview(b"?")])
         now = await _modified(store, key)

@@ -4,7 +4,6 @@ Law: everything that can be looked at is looked at, and what cannot be is said s
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,23 +16,40 @@ from urllib.parse import unquote, urlsplit
 
 from cloudckpt.catalog.finding import Finding, not_looked_at, ok, problem, warning
 from cloudckpt.catalog.probing import CHECKS, probe, probe_reading
-from cloudckpt.catalog.rights import RIGHTS
+from cloudckpt.catalog.rights import RIGHTS, first_listed
 from cloudckpt.engine import loop
 from cloudckpt.engine.session import Session
-from cloudckpt.errors import BucketNotFoundError, CredentialsError, PermissionDeniedError, UsageError
+from cloudckpt.errors import (
+    BucketNotFoundError,
+    CheckpointError,
+    CredentialsError,
+    MissingLibraryError,
+    PermissionDeniedError,
+    StoreUnavailableError,
+    UsageError,
+)
 from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, check_url, open_once
 
 if TYPE_CHECKING:
     from cloudckpt.store.s3_reach import Reach
 
-_CREDENTIALS, _ENDPOINT, _BUCKET, _CLOCK = "credentials", "endpoint", "bucket", "clock"
+_URL, _CREDENTIALS, _ENDPOINT, _BUCKET, _CLOCK = "URL", "credentials", "endpoint", "bucket", "clock"
+_ON_S3_ONLY = "it is looked at on S3 only"
 _PATIENCE_S = 3
 _CONNECT_S = 5
 _READ_S = 20
 """Who waits for a doctor wants an answer, be it that there is none."""
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _NO_KEYS = "no request was sent: there are no credentials that could sign it"
+_NAMES = {
+    MissingLibraryError: _URL,
+    UsageError: _URL,
+    CredentialsError: _CREDENTIALS,
+    StoreUnavailableError: _ENDPOINT,
+    BucketNotFoundError: _BUCKET,
+}
+"""Of what is wrong, by what it is told by."""
 _TOLD_SKEW = timedelta(seconds=1)
 _BAD_SKEW = timedelta(minutes=5)
 """Servers refuse signatures that are older than so long, or longer: S3's own limit is a quarter of an hour."""
@@ -62,8 +78,9 @@ class Diagnosis:
 def doctor(url: str, *, read_only: bool = False, store: StoreOptions | None = None) -> Diagnosis:
     """Looks at what a save to a URL, and a load from it, hang on.
 
-    Objects are put below ``<url>/.cloudckpt-doctor-<random>`` and removed again, also when this is interrupted;
-    nothing else is written. Problems are findings, not errors, and no request is asked again for longer than 3 s.
+    Objects are put right below the URL, named ``cloudckpt-doctor-<random>-...``, and removed again, also when this is
+    interrupted; nothing else is written. Problems are findings, not errors, and no request is asked again for longer
+    than 3 s.
 
     Args:
         url: of a checkpoint, or of what checkpoints lie below; nothing needs to be there.
@@ -74,16 +91,13 @@ def doctor(url: str, *, read_only: bool = False, store: StoreOptions | None = No
         UnsupportedUrlError: see `check_url`.
     """
     url, options = check_url(url), _impatient(store or StoreOptions())
-    findings = [ok("URL", f"a place that a store serves: {url}")]
     if url.startswith("s3://"):
         reach = _reach(url, options)
-        findings += [_credentials(reach), _endpoint(reach), _bucket(reach)]
+        findings = [_served(url), _credentials(reach), _endpoint(reach), _bucket(reach)]
         clock = _clock(reach)
     else:
-        why = "it is looked at on S3 only"
-        findings += [not_looked_at(name, why) for name in (_CREDENTIALS, _ENDPOINT)]
-        findings.append(_folder(url) if url.startswith("file://") else not_looked_at(_BUCKET, why))
-        clock = not_looked_at(_CLOCK, why)
+        findings = _folder(url) if url.startswith("file://") else _first(url, options)
+        clock = not_looked_at(_CLOCK, _ON_S3_ONLY)
     broken = [finding.name for finding in findings if finding.verdict == "problem"]
     if broken:
         names = [right.name for right in RIGHTS] + list(CHECKS)
@@ -159,7 +173,36 @@ def _bucket(reach: "Reach") -> Finding:
     return ok(_BUCKET, "exists")
 
 
-def _folder(url: str) -> Finding:
+def _served(url: str) -> Finding:
+    return ok(_URL, f"a place that a store serves: {url}")
+
+
+def _first(url: str, options: StoreOptions) -> list[Finding]:
+    """What the first request to another store than S3 fails of, under the name of what is wrong."""
+    found = {_URL: _served(url)}
+    found |= {name: not_looked_at(name, _ON_S3_ONLY) for name in (_CREDENTIALS, _ENDPOINT, _BUCKET)}
+    refusal = _refusal(url, options)
+    for kind, name in _NAMES.items():
+        if isinstance(refusal, kind):
+            found[name] = problem(name, str(refusal), "")
+    return list(found.values())
+
+
+def _refusal(url: str, options: StoreOptions) -> CheckpointError | None:
+    try:
+        with Session(url, options) as session:
+            session.run(first_listed)
+    except CheckpointError as e:
+        return e
+    return None
+
+
+def _folder(url: str) -> list[Finding]:
+    others = [not_looked_at(name, _ON_S3_ONLY) for name in (_CREDENTIALS, _ENDPOINT)]
+    return [_served(url), *others, _directory(url)]
+
+
+def _directory(url: str) -> Finding:
     """What stands for a bucket where objects are files."""
     folder = unquote(urlsplit(url).path)
     if os.path.isdir(folder):
@@ -195,13 +238,12 @@ def _probed(url: str, options: StoreOptions, *, read_only: bool) -> list[Finding
     if read_only:
         with Session(url, options) as session:
             return session.run(probe_reading)
-    place = f"{url}/.cloudckpt-doctor-{token_hex(8)}"
 
     async def look(store: Store) -> list[Finding]:
-        async with open_once(place, options, keeps_client=True) as once:
-            return await probe(store, once)
+        async with open_once(url, options, keeps_client=True) as once:
+            return await probe(store, once, f"cloudckpt-doctor-{token_hex(8)}")
 
-    with _without_folders(place), Session(place, options) as session:
+    with _without_folders(url), Session(url, options) as session:
         return session.run(look)
 
 
@@ -211,12 +253,10 @@ def _without_folders(url: str) -> Iterator[None]:
     if not url.startswith("file://"):
         yield
         return
-    place = unquote(urlsplit(url).path)
-    missing = [folder for folder in _above(os.path.dirname(place)) if not os.path.lexists(folder)]
+    missing = [folder for folder in _above(unquote(urlsplit(url).path)) if not os.path.lexists(folder)]
     try:
         yield
     finally:
-        shutil.rmtree(place, ignore_errors=True)
         with suppress(OSError):  # somebody else writes there meanwhile
             for folder in missing:
                 os.rmdir(folder)

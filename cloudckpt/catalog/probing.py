@@ -1,6 +1,7 @@
 """What only trying tells of a place: rights, conditions, checksums, uploads, and how fast it answers.
 
-Law: async. What is put lies below a root of its own, and is removed again, whatever happens.
+Law: async. What is put has names of its own, right below the root: a directory would stay on servers that know such.
+It is removed again, whatever happens.
 """
 
 import os
@@ -14,7 +15,7 @@ from awscrt.checksums import crc32c
 
 from cloudckpt.catalog.asking import ask_server
 from cloudckpt.catalog.finding import Finding, not_looked_at, ok, problem, warning
-from cloudckpt.catalog.rights import BEGUN, BODY, OBJECT, try_reading, try_rights
+from cloudckpt.catalog.rights import BEGUN, BODY, OBJECT, first_listed, try_reading, try_rights
 from cloudckpt.engine.loop import shielded
 from cloudckpt.errors import (
     ChecksumRefusedError,
@@ -26,7 +27,7 @@ from cloudckpt.errors import (
 from cloudckpt.ranges import Range
 from cloudckpt.store.protocols import Put, Store, Upload
 
-_WRONG, _LARGE = "wrong-checksum", "large"
+_ASKED, _WRONG, _LARGE = "-asked", "-wrong-checksum", "-large"
 _PART_NBYTES = 8 << 20
 _TIMES = 5
 _SLOW_S = 0.25
@@ -44,38 +45,39 @@ async def probe_reading(store: Store) -> list[Finding]:
     findings = await try_reading(store)
     seen: dict[str, Finding] = {}
     if findings[0].verdict == "ok":
-        seen[_LATENCY] = await _latency(("listings", lambda: _list(store)))
+        seen[_LATENCY] = await _latency(("listings", lambda: first_listed(store)))
     return findings + [seen.get(name) or not_looked_at(name, "only reading was asked for") for name in CHECKS]
 
 
-async def probe(store: Store, once: Put) -> list[Finding]:
+async def probe(store: Store, once: Put, name: str) -> list[Finding]:
     """Looks at all of it; raises nothing, as `probe_reading`.
 
     Args:
-        store: rooted where nothing is.
+        store: rooted anywhere.
         once: the same place, where what is asked is asked once.
+        name: begins the keys of all that is put, and nobody else's.
     """
     begun: list[Upload] = []
     left: list[Finding] = []
     try:
-        findings = await try_rights(store, begun)
+        findings = await try_rights(store, name, begun)
         lacking = [f.name for f in findings[:4] if f.verdict != "ok"]
         if lacking:
             findings += [not_looked_at(name, f"it takes the {lacking[0]}") for name in CHECKS]
         else:
-            findings += [await _conditions(store), await _checksums(once)]
-            multipart, by_prefix, throughput = await _upload(store, begun)
-            puts = "PUTs", lambda: store.put(OBJECT, [memoryview(BODY)])
-            latency = await _latency(puts, ("GETs", lambda: store.get(OBJECT)))
+            findings += [await _conditions(store, name + _ASKED), await _checksums(once, name + _WRONG)]
+            multipart, by_prefix, throughput = await _upload(store, name + _LARGE, begun)
+            puts = "PUTs", lambda: store.put(name + OBJECT, [memoryview(BODY)])
+            latency = await _latency(puts, ("GETs", lambda: store.get(name + OBJECT)))
             findings += [multipart, by_prefix, latency, throughput]
     finally:
-        await shielded(lambda: _remove(store, begun, left))
+        await shielded(lambda: _remove(store, name, begun, left))
     return findings + left
 
 
-async def _conditions(store: Store) -> Finding:
+async def _conditions(store: Store, key: str) -> Finding:
     try:
-        server = await ask_server(store)
+        server = await ask_server(store, key)
     except StoreError as e:
         return problem(_CONDITIONS, str(e), "")
     honours = {
@@ -97,10 +99,10 @@ async def _conditions(store: Store) -> Finding:
     return warning(_CONDITIONS, what, advice)
 
 
-async def _checksums(once: Put) -> Finding:
+async def _checksums(once: Put, key: str) -> Finding:
     advice = "damage on the way is found when a checkpoint is read, not when it is saved; verify --deep looks for it"
     try:
-        await once.put(_WRONG, [memoryview(BODY)], crc32c=crc32c(BODY) ^ 1)
+        await once.put(key, [memoryview(BODY)], crc32c=crc32c(BODY) ^ 1)
     except ChecksumRefusedError:
         return ok(_CHECKSUMS, "verified on arrival: a body with a wrong CRC32C was refused")
     except ChecksumsNotKnownError as e:
@@ -110,13 +112,13 @@ async def _checksums(once: Put) -> Finding:
     return warning(_CHECKSUMS, "a body with a wrong CRC32C was accepted: what arrives is not verified", advice)
 
 
-async def _upload(store: Store, begun: list[Upload]) -> tuple[Finding, Finding, Finding]:
+async def _upload(store: Store, key: str, begun: list[Upload]) -> tuple[Finding, Finding, Finding]:
     """One upload of one part: as a whole, as others see it while it is under way, and how fast its bytes go."""
     by_prefix = not_looked_at(_BY_PREFIX, f"see {_MULTIPART}")
     body = memoryview(os.urandom(_PART_NBYTES))
     checksum, back = crc32c(body), memoryview(bytearray(_PART_NBYTES))
     try:
-        upload = await store.create_upload(_LARGE)
+        upload = await store.create_upload(key)
         begun.append(upload)
         by_prefix = await _by_prefix(store, upload)
         started = time.monotonic()
@@ -125,7 +127,7 @@ async def _upload(store: Store, begun: list[Upload]) -> tuple[Finding, Finding, 
         await store.complete_upload(upload, [part], crc32c=checksum)
         begun.remove(upload)
         started = time.monotonic()
-        await store.get_range(_LARGE, Range(0, _PART_NBYTES), [back])
+        await store.get_range(key, Range(0, _PART_NBYTES), [back])
         get_s = time.monotonic() - started
     except StoreError as e:
         return problem(_MULTIPART, str(e), ""), by_prefix, not_looked_at(_THROUGHPUT, f"see {_MULTIPART}")
@@ -140,7 +142,7 @@ async def _upload(store: Store, begun: list[Upload]) -> tuple[Finding, Finding, 
 
 async def _by_prefix(store: Store, upload: Upload) -> Finding:
     try:
-        is_listed = any([found.upload_id == upload.upload_id async for found in store.list_uploads(_LARGE[:1])])
+        is_listed = any([found.upload_id == upload.upload_id async for found in store.list_uploads(upload.key[:-1])])
     except PermissionDeniedError:
         return not_looked_at(_BY_PREFIX, "it takes the right to list uploads")
     except StoreError as e:
@@ -175,28 +177,25 @@ async def _median_s(request: Callable[[], Awaitable[object]]) -> float:
     return median(times)
 
 
-async def _list(store: Store) -> None:
-    async for _ in store.list_objects():
-        return
-
-
 def _mib_per_s(seconds: float) -> str:
     return f"{_PART_NBYTES / (1 << 20) / max(seconds, 1e-6):.0f} MiB/s"
 
 
-async def _remove(store: Store, begun: Sequence[Upload], left: list[Finding]) -> None:
+async def _remove(store: Store, name: str, begun: Sequence[Upload], left: list[Finding]) -> None:
     """Removes everything, and tells what could not be; also an upload whose beginning was interrupted."""
     uploads = {upload.upload_id: upload for upload in begun}
     with suppress(StoreError):
-        uploads |= {upload.upload_id: upload async for upload in store.list_uploads()}
+        uploads |= {upload.upload_id: upload async for upload in store.list_uploads(name)}
     ends = [partial(_end, store, upload) for upload in uploads.values()]
-    for removal in (*ends, partial(store.delete, [OBJECT, BEGUN, _WRONG, _LARGE])):
+    keys = [name + end for end in (OBJECT, BEGUN, _ASKED, _WRONG, _LARGE)]
+    for removal in (*ends, partial(store.delete, keys)):
         try:
             await removal()
         except ObjectNotFoundError:
             continue
         except StoreError as e:
-            left.append(warning("clean-up", f"{store.url} could not be removed: {e}", "remove it by hand"))
+            what = f"{store.url}/{name}-* may lie there still: {e}"
+            left.append(warning("clean-up", what, "remove what is there by hand"))
 
 
 async def _end(store: Store, upload: Upload) -> None:

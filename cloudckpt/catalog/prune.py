@@ -1,7 +1,7 @@
 """Old steps removed by policy.
 
-Law: a tombstone takes the manifest's place, on the condition that it is still the one that was read, and names what
-it named; then exactly these shards go; last the tombstone. What is pinned, or may be being read as the newest, stays.
+Law: each goes as `removal` says, and only if it is still the one that was judged. What is pinned, or may be being
+read as the newest, stays.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,15 @@ from datetime import UTC, datetime
 
 from cloudckpt.catalog.asking import Server
 from cloudckpt.catalog.committed import Known, Seen, committed_in, manifest_key, steps_among
-from cloudckpt.catalog.condemning import condemn, find_blob, take_away
+from cloudckpt.catalog.condemning import find_blob
 from cloudckpt.catalog.pins import is_pinned, pinned_in
 from cloudckpt.catalog.policies import CommittedStep, Policy
+from cloudckpt.catalog.removal import remove_as_read
 from cloudckpt.engine.session import Session
 from cloudckpt.errors import ManifestError, ObjectNotFoundError, UsageError
 from cloudckpt.layout import PINS, step_name
-from cloudckpt.manifest import Manifest, parse, parse_summary
-from cloudckpt.store.protocols import IfMatch, Store
+from cloudckpt.manifest import parse, parse_summary
+from cloudckpt.store.protocols import Store
 from cloudckpt.store.url import StoreOptions, check_url
 from cloudckpt.threads import in_thread
 
@@ -186,24 +187,10 @@ async def _remove(store: Store, server: Server, found: CommittedStep) -> str | N
         return _REMOVED if manifest.summary.is_tombstone else _REPLACED
     if await is_pinned(store, found.step):
         return _PINNED
-    shards = [f"{step_name(found.step)}/{shard.key}" for shard in manifest.shards]
-    if not server.honours_replacements:
-        if not await take_away(store, key, blob.etag, honours_deletes=server.honours_deletes):
-            return _REPLACED
-        await store.delete(shards)
+    shards, place = [shard.key for shard in manifest.shards], f"{step_name(found.step)}/"
+    if await remove_as_read(store, server, place, blob.etag, shards, by="prune"):
         return None
-    tombstone = await _replace(store, server, key, blob.etag, manifest)
-    if tombstone is None:
-        return await _what_came(store, key)
-    await store.delete(shards)
-    await take_away(store, key, tombstone, honours_deletes=server.honours_deletes)
-    return None
-
-
-async def _replace(store: Store, server: Server, key: str, etag: str, manifest: Manifest) -> str | None:
-    """Puts a tombstone in the manifest's place, and returns its ETag; None where another object is there."""
-    named = [shard.key for shard in manifest.shards]
-    return await condemn(store, key, named, IfMatch(etag), now=server.now, by="prune")
+    return await _what_came(store, key)
 
 
 async def _what_came(store: Store, key: str) -> str:

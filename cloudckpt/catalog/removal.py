@@ -1,12 +1,13 @@
 """One checkpoint removed, wherever it lies.
 
-Law: as `prune` removes a step: a tombstone takes the manifest's place, on the condition that it is still the one that
-was read; then exactly the shards it named go; last the tombstone.
+Law: a tombstone takes the manifest's place, on the condition that it is still the one that was read; then exactly the
+shards it named go; last the tombstone.
 """
 
 import os
+from collections.abc import Sequence
 
-from cloudckpt.catalog.asking import ask_server
+from cloudckpt.catalog.asking import Server, ask_server
 from cloudckpt.catalog.condemning import condemn, take_away
 from cloudckpt.engine.commit import find_manifest_blob
 from cloudckpt.engine.session import Session
@@ -46,23 +47,39 @@ async def remove_in(store: Store) -> bool:
         return False
     manifest = await in_thread(parse, blob.data, f"{store.url}/{MANIFEST}")
     shards = [shard.key for shard in manifest.shards]
-    server = await ask_server(store)
-    if not server.honours_replacements:
-        if not await take_away(store, MANIFEST, blob.etag, honours_deletes=server.honours_deletes):
-            return await _what_came(store)
-        await store.delete(shards)
+    if await remove_as_read(store, await ask_server(store), "", blob.etag, shards, by="remove"):
         return True
-    tombstone = await condemn(store, MANIFEST, shards, IfMatch(blob.etag), now=server.now, by="remove")
-    if tombstone is None:
-        return await _what_came(store)
-    await store.delete(shards)
-    await take_away(store, MANIFEST, tombstone, honours_deletes=server.honours_deletes)
-    return True
-
-
-async def _what_came(store: Store) -> bool:
-    """What is to be said of a manifest that is not there any more."""
     if await find_manifest_blob(store) is None:
         return False
     msg = f"{store.url} was saved again while it was being removed; what was saved stands"
     raise CheckpointChangedError(msg)
+
+
+async def remove_as_read(
+    store: Store, server: Server, place: str, etag: str, shards: Sequence[str], *, by: str
+) -> bool:
+    """Removes a checkpoint, or nothing.
+
+    Args:
+        store: that holds it.
+        server: what conditions it honours, and its clock.
+        place: of the checkpoint below the store's root; empty, or ending in ``/``.
+        etag: of its manifest, as it was read.
+        shards: that it names; keys relative to the place.
+        by: the command at work.
+
+    Returns:
+        False where its manifest is not there any more: nothing was changed.
+    """
+    key, keys = f"{place}{MANIFEST}", [f"{place}{shard}" for shard in shards]
+    if not server.honours_replacements:
+        is_gone = await take_away(store, key, etag, honours_deletes=server.honours_deletes)
+        if is_gone:
+            await store.delete(keys)
+        return is_gone
+    tombstone = await condemn(store, key, shards, IfMatch(etag), now=server.now, by=by)
+    if tombstone is None:
+        return False
+    await store.delete(keys)
+    await take_away(store, key, tombstone, honours_deletes=server.honours_deletes)
+    return True

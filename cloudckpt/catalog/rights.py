@@ -12,8 +12,8 @@ from cloudckpt.catalog.finding import Finding, not_looked_at, ok, problem, warni
 from cloudckpt.errors import PermissionDeniedError, StoreError
 from cloudckpt.store.protocols import Store, Upload
 
-OBJECT, BEGUN = "object", "begun"
-"""Keys that are put, and that an upload is begun for."""
+OBJECT, BEGUN = "-object", "-begun"
+"""Ends of the keys that are put, and that an upload is begun for."""
 BODY = b"?"
 
 
@@ -69,33 +69,30 @@ RIGHTS = (_TO_LIST, _TO_PUT, _TO_GET, _TO_DELETE, _TO_ABORT, _TO_LIST_UPLOADS)
 _TAKE_AN_OBJECT = (_TO_GET, _TO_DELETE, _TO_ABORT)
 
 
-async def try_rights(store: Store, begun: list[Upload]) -> list[Finding]:
+async def try_rights(store: Store, name: str, begun: list[Upload]) -> list[Finding]:
     """Tries all of `RIGHTS`.
 
     Args:
-        store: rooted where nothing is.
+        store: rooted anywhere.
+        name: begins all keys, and nobody else's.
         begun: takes the uploads that may still be under way.
     """
 
-    async def look() -> None:
-        async for _ in store.list_objects():
-            return
-
     async def begin_and_abort() -> None:
-        upload = await store.create_upload(BEGUN)
+        upload = await store.create_upload(name + BEGUN)
         begun.append(upload)
         await store.abort_upload(upload)
         begun.remove(upload)
 
     async def look_at_uploads() -> None:
-        async for _ in store.list_uploads():
+        async for _ in store.list_uploads(name):
             return
 
     requests: tuple[Callable[[], Awaitable[object]], ...] = (
-        look,
-        lambda: store.put(OBJECT, [memoryview(BODY)], crc32c=crc32c(BODY)),
-        lambda: store.get(OBJECT),
-        lambda: store.delete([OBJECT]),
+        lambda: first_listed(store, name),
+        lambda: store.put(name + OBJECT, [memoryview(BODY)], crc32c=crc32c(BODY)),
+        lambda: store.get(name + OBJECT),
+        lambda: store.delete([name + OBJECT]),
         begin_and_abort,
         look_at_uploads,
     )
@@ -108,14 +105,20 @@ async def try_rights(store: Store, begun: list[Upload]) -> list[Finding]:
     return list(findings.values())
 
 
+async def first_listed(store: Store, prefix: str = "") -> str | None:
+    """Some key, if there is any."""
+    async for found in store.list_objects(prefix):
+        return found.key
+    return None
+
+
 async def try_reading(store: Store) -> list[Finding]:
     """Tries what takes no writing, on what is there; the store may be rooted anywhere."""
     keys: list[str] = []
 
     async def look() -> None:
-        async for found in store.list_objects():
-            keys.append(found.key)
-            return
+        key = await first_listed(store)
+        keys.extend([] if key is None else [key])
 
     findings = {_TO_LIST.name: await _try(store, _TO_LIST, look, "load")}
     if keys:

@@ -8,6 +8,7 @@ import select
 
 import click
 
+from cloudckpt.cli.output import printable
 from cloudckpt.errors import CheckpointError, UsageError, leaves
 
 _INTERRUPTED = 130
@@ -51,9 +52,9 @@ def status_of(error: BaseException, command: str | None) -> int | None:
 
 
 def _tell(what: str, *notes: str) -> None:
-    click.echo(f"cloudckpt: {what}", err=True)
+    click.echo(f"cloudckpt: {printable(what)}", err=True)
     for note in notes:
-        click.echo(f"  {note}", err=True)
+        click.echo(f"  {printable(note)}", err=True)
 
 
 def _notes(error: BaseException) -> list[str]:

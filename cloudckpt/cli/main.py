@@ -1,5 +1,6 @@
 """``cloudckpt``: its commands by name."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -78,6 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
         answer(cli)
     context: click.Context | None = None
     _silence_others()
+    _spell_what_is_not_encoded()
     try:
         context = cli.make_context("cloudckpt", list(sys.argv[1:] if args is None else args))
         with context:
@@ -101,3 +103,9 @@ def _silence_others() -> None:
         logger = logging.getLogger(name)
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())
+
+
+def _spell_what_is_not_encoded() -> None:
+    """Not every terminal knows all characters that a key may have; stderr does so anyway."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -5,10 +5,14 @@ Law: data to stdout, talk to stderr.
 
 import dataclasses
 import json
+import re
 from datetime import datetime
 from typing import Any
 
 import click
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves, paints, breaks a line, turns its direction, or cannot be encoded."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -25,6 +29,11 @@ def show_size(nbytes: int) -> str:
     while value >= 1024 and unit < len(_UNITS) - 1:
         value, unit = value / 1024, unit + 1
     return f"{nbytes} B" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
+
+
+def printable(text: str) -> str:
+    """A text of others on one line, with what would do something to a terminal spelled out."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def tell_dry() -> None:

@@ -4,7 +4,9 @@ Law: parses. What it completes is a hint: where nothing can be learnt soon, noth
 """
 
 import os
+import re
 from typing import Any
+from urllib.parse import quote, unquote
 
 import click
 from click.shell_completion import CompletionItem
@@ -42,15 +44,20 @@ class Url(click.ParamType[str]):
 
 def _beginning_with(url: str) -> list[str]:
     if url.startswith("file:///"):
-        folder, _, name = url.partition("://")[2].rpartition("/")
-        names = (entry.name for entry in os.scandir(folder or "/") if entry.is_dir())
-        return [f"file://{folder}/{found}/" for found in sorted(names) if found.startswith(name)]
+        folder, _, name = url.rpartition("/")
+        names = (entry.name for entry in os.scandir(unquote(folder[len("file://") :]) or "/") if entry.is_dir())
+        return [f"{folder}/{_spelled(found)}/" for found in sorted(names) if found.startswith(unquote(name))]
     if "://" in url:
         return _listed(url)
     from cloudckpt.store.url import SCHEMES
 
     schemes = [f"{scheme}://" for scheme in SCHEMES]
     return [scheme for scheme in schemes if scheme.startswith(url)]
+
+
+def _spelled(name: str) -> str:
+    """A directory's name in a URL, in characters that mean nothing to a shell."""
+    return re.sub(r"[^\w.,:@+=-]", lambda found: quote(found[0]), name)
 
 
 def _listed(url: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Rows as a table on a terminal, and elsewhere as lines of fields with tabs between them.
 
-Law: data to stdout. What is shown is text; nobody's names are taken for markup.
+Law: data to stdout. What is shown is text; nobody's names are taken for markup, or for what a terminal obeys.
 """
 
 import shutil
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import click
+
+from cloudckpt.cli.output import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ def show_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None
     """
     if not sys.stdout.isatty():
         for row in rows:
-            click.echo("\t".join(row))
+            click.echo("\t".join(map(printable, row)))
         return
     from rich.console import Console
     from rich.table import Table
@@ -45,11 +47,11 @@ def show_table(columns: Sequence[Column], rows: Iterable[Sequence[str]]) -> None
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(
-            column.title,
+            Text(printable(column.title)),
             justify="right" if column.is_number else "left",
             no_wrap=column.is_number,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(field)) for field in row))
     Console(highlight=False).print(table)

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from cloudckpt.errors import CredentialsError
 from cloudckpt.store.cloud_credentials import Tokens, azure_tokens
-from cloudckpt.store.cloud_options import AzureOptions
-from cloudckpt.store.s3_options import check_endpoint
+from cloudckpt.store.cloud_options import AZURE_NAMES, AzureOptions, check_address
 
 VERSION = "2022-11-02"
 """Of the interface; blocks may have up to 4,000 MiB, and uncommitted ones are listed."""
@@ -76,9 +75,13 @@ def account_of(options: AzureOptions, *, is_anonymous: bool) -> Account:
         MissingLibraryError: see `azure_tokens`.
     """
     told = _connection(os.environ.get("AZURE_STORAGE_CONNECTION_STRING", ""))
-    if options.azure_account not in {None, told.get("AccountName")}:
+    if "BlobEndpoint" in told:
+        check_address(told["BlobEndpoint"], AZURE_NAMES)
+    named = _variable("ACCOUNT", "ACCOUNT_NAME")
+    own = told.get("AccountName") or _account_at(told.get("BlobEndpoint"))
+    name = options.azure_account or named or own
+    if own != name and (own or options.azure_account):
         told = {}  # it is another's
-    name = options.azure_account or _variable("ACCOUNT", "ACCOUNT_NAME") or told.get("AccountName")
     endpoint_url = options.azure_endpoint_url or told.get("BlobEndpoint")
     if name is None:
         msg = (
@@ -92,13 +95,16 @@ def account_of(options: AzureOptions, *, is_anonymous: bool) -> Account:
             told.get("EndpointSuffix", "core.windows.net"),
         )
         endpoint_url = f"{protocol}://{name}.blob.{suffix}"
-    check_endpoint(endpoint_url)
+    check_address(endpoint_url, AZURE_NAMES)
     account = Account(endpoint_url=endpoint_url, name=name)
     if is_anonymous:
         return account
     is_given = options.azure_key or options.azure_sas_token or options.azure_credential is not None
-    key = options.azure_key if is_given else _variable("KEY", "ACCOUNT_KEY") or told.get("AccountKey")
-    sas = options.azure_sas_token if is_given else _variable("SAS_TOKEN") or told.get("SharedAccessSignature")
+    key, sas = options.azure_key, options.azure_sas_token
+    if not is_given:
+        is_its = named in {None, name}
+        key = (_variable("KEY", "ACCOUNT_KEY") if is_its else None) or told.get("AccountKey")
+        sas = (_variable("SAS_TOKEN") if is_its else None) or told.get("SharedAccessSignature")
     if key:
         return Account(endpoint_url=endpoint_url, name=name, key=_decoded(key))
     if sas:
@@ -112,6 +118,13 @@ def _variable(*names: str) -> str | None:
 
 def _connection(told: str) -> dict[str, str]:
     return {name: value for name, _, value in (piece.partition("=") for piece in told.split(";")) if value}
+
+
+def _account_at(endpoint_url: str | None) -> str | None:
+    """The account whose endpoint that is: a connection string with a signature names it nowhere else."""
+    host = urlsplit(endpoint_url or "").hostname or ""
+    name, _, rest = host.partition(".")
+    return name if rest.startswith("blob.") else None
 
 
 def _decoded(key: str) -> bytes:
@@ -129,7 +142,7 @@ def _to_sign(method: str, url: str, headers: Mapping[str, str], account: str) ->
     values = [given.get(name.lower(), "") for name in _SIGNED_HEADERS]
     values[2] = "" if values[2] == "0" else values[2]
     own = sorted((name, value) for name, value in given.items() if name.startswith("x-ms-"))
-    asked = sorted((name.lower(), unquote(value)) for name, value in parse_qsl(parts.query, keep_blank_values=True))
+    asked = sorted((name.lower(), value) for name, value in parse_qsl(parts.query, keep_blank_values=True))
     return "\n".join(
         [
             method,

@@ -9,6 +9,23 @@ from typing import Any
 from cloudckpt.errors import UsageError
 from cloudckpt.store.s3_options import check_endpoint
 
+GCS_NAMES = "gcs_endpoint_url (or STORAGE_EMULATOR_HOST)"
+AZURE_NAMES = "azure_endpoint_url (or BlobEndpoint in AZURE_STORAGE_CONNECTION_STRING)"
+"""Where an endpoint may come from."""
+
+
+def check_address(url: str, names: str) -> None:
+    """As `check_endpoint`, of what has other names.
+
+    Raises:
+        UsageError: it is no address of a server, or holds more.
+    """
+    try:
+        check_endpoint(url)
+    except UsageError:
+        msg = f"{names} must be http://host:port or https://host:port, without a user, a password or a query"
+        raise UsageError(msg) from None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GcsOptions:
@@ -26,7 +43,7 @@ class GcsOptions:
 
     def __post_init__(self) -> None:
         if self.gcs_endpoint_url is not None:
-            check_endpoint(self.gcs_endpoint_url)
+            check_address(self.gcs_endpoint_url, GCS_NAMES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +73,4 @@ class AzureOptions:
             msg = "give one of azure_key=, azure_sas_token=, azure_credential="
             raise UsageError(msg)
         if self.azure_endpoint_url is not None:
-            check_endpoint(self.azure_endpoint_url)
+            check_address(self.azure_endpoint_url, AZURE_NAMES)

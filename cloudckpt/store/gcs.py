@@ -23,11 +23,11 @@ from cloudckpt.errors import (
     ThrottledError,
 )
 from cloudckpt.store.cloud_credentials import Tokens, google_tokens
-from cloudckpt.store.cloud_options import GcsOptions
+from cloudckpt.store.cloud_options import GCS_NAMES, GcsOptions, check_address
 from cloudckpt.store.protocols import Body, Condition, IfAbsent, ObjectInfo, Part, Upload
 from cloudckpt.store.rest import Meaning, Reply, RestStore, http_session, next_page, text, time_of
 from cloudckpt.store.s3_http import OneAttemptSession
-from cloudckpt.store.s3_options import S3Options, check_endpoint
+from cloudckpt.store.s3_options import S3Options
 
 _ENDPOINT_URL = "https://storage.googleapis.com"
 _ABSENT = "0"
@@ -67,7 +67,7 @@ async def gcs_store(
     """
     emulator = os.environ.get("STORAGE_EMULATOR_HOST") if options.gcs_endpoint_url is None else None
     endpoint_url = options.gcs_endpoint_url or _url_of(emulator)
-    check_endpoint(endpoint_url)
+    check_address(endpoint_url, GCS_NAMES)
     tokens = None if http.is_anonymous or emulator else google_tokens(options.gcs_credentials)
     async with http_session(endpoint_url, http, is_kept=keeps_client) as session:
         yield GcsStore(bucket, prefix, endpoint_url, session, tokens=tokens, project=options.gcs_project)

@@ -276,7 +276,7 @@ class RestStore(ABC):
             reply = await self._send(method, key, query or {}, headers or {}, body, is_streamed=False)
             content = await reply.content
             if reply.status_code >= 300:
-                refused = self._refused(reply, content, where)
+                refused = self._refused(reply, content, key)
                 if reply.status_code not in also or isinstance(refused, BucketNotFoundError):
                     raise refused
             return Reply(reply)
@@ -298,7 +298,7 @@ class RestStore(ABC):
             reply = await self._send("GET", key, {}, headers, (), is_streamed=True)
             async with reply.raw:
                 if reply.status_code >= 300 and reply.status_code not in also:
-                    raise self._refused(reply, await reply.content, where)
+                    raise self._refused(reply, await reply.content, key)
                 yield Reply(reply)
 
     async def _send(
@@ -318,13 +318,15 @@ class RestStore(ABC):
         sent = ViewsBody(body) if body else None
         return await self._session.send(AWSPreparedRequest(method, url, headers, sent, is_streamed))
 
-    def _refused(self, reply: Any, body: bytes, where: str) -> StoreError:
+    def _refused(self, reply: Any, body: bytes, key: str | None) -> StoreError:
         status, code = reply.status_code, self._code(reply, body)
         kind, meaning = self._meaning(code) or _BY_STATUS.get(status) or (None, "")
         if kind is None:
             kind = StoreUnavailableError if status >= 500 or status == 408 else StoreError
-            meaning = "the server refused the request"
-        told = kind(f"{where}: {meaning} ({shown(code) or 'no code'}, HTTP {status})")
+            meaning = "the server had an error of its own" if status >= 500 else "the server refused the request"
+        if kind is ObjectNotFoundError and key is None:
+            kind, meaning = BucketNotFoundError, "no such bucket; create it, or check the URL"
+        told = kind(f"{self._where(key)}: {meaning} ({shown(code) or 'no code'}, HTTP {status})")
         if isinstance(told, StoreUnavailableError):
             told.retry_after_s = _seconds(reply.headers.get("retry-after", ""))
         return told
